@@ -1,0 +1,273 @@
+// The large products of the backward pass, one time chunk at a time: weight gradients, bias gradients, dx.
+//
+// Each element of a weight gradient sums its rows in an order that depends on the shapes alone, never on the threads.
+#pragma once
+#include "cpu/traits.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+// A vector in a user tensor, or nothing (zeros).
+struct Stored {
+  const void* data;
+  int64_t at;
+};
+
+template <Cell C, class S>
+class ChunkGrads {
+  typedef Vec<S> V;
+  static constexpr int L = kLanes<S>;
+  static constexpr int G = gate_count(C);
+  static constexpr int kColumns = C == Cell::gru ? 4 : G;  // of the gate gradients; GRU: r, z, n, W_hn h + b_hn
+  static constexpr int kTall = tile_rows(kMaxPanel);
+
+ public:
+  ChunkGrads(const ScanGradParams& p, const Layout& lay) : p(p), f(p.fwd), lay(lay) {}
+
+  int64_t gate_pitch() const { return round_up(kColumns * f.H, L) + L; }
+  int64_t state_row_pitch() const { return state_pitch<S>(f.R); }
+  // About 512 rows: enough that adding to the weight gradients costs little, few enough to stay in cache.
+  int64_t chunk_steps() const { return max64(1, min64(f.T, 512 / max64(f.B, 1))); }
+  int64_t chunk_rows() const { return chunk_steps() * f.B; }
+
+  void place(Arena& arena, int g) {
+    const int64_t rows = chunk_rows();
+    Work& w = work[g];
+    w.w_ih = arena.take<S>(p.dx.data ? G * f.H * padded(f.I) : 0);
+    w.dx = arena.take<S>(p.dx.data ? rows * padded(f.I) : 0);
+    w.left = arena.take<S>(wanted() ? rows * kColumns * f.H : 0);
+    w.left_hr = arena.take<S>(wanted() && projected() ? rows * f.R : 0);
+    w.x = arena.take<S>(wanted() ? rows * padded(f.I) : 0);
+    w.h = arena.take<S>(wanted() ? rows * padded(C == Cell::gru_reset_before ? 2 * round_up(f.R, L) : f.R) : 0);
+    w.m = arena.take<S>(wanted() && projected() ? rows * padded(f.H) : 0);
+    w.db = arena.take<S>(wanted() ? gate_pitch() : 0);
+  }
+  void place_dx(Arena& arena) {
+    for (int64_t d = 0; d < f.D; ++d) dx_rows[d] = arena.take<S>(f.D > 1 && p.dx.data ? all_rows() * f.I : 0);
+  }
+
+  void begin(const Share& s, int64_t d) {
+    if (!p.dx.data) return;
+    const Range mine = split((padded(f.I) / L + kMaxPanel - 1) / kMaxPanel, s.thread, s.threads);
+    for (int64_t k = mine.begin; k < mine.end; ++k) {
+      const int64_t v = k * kMaxPanel, vectors = padded(f.I) / L;
+      const int u = int(min64(kMaxPanel, vectors - v));
+      pack_columns(work[s.group].w_ih + v * L * G * f.H, u, f.w_ih[d], f.dtype, f.I, v * L, 0, G * f.H);
+    }
+  }
+
+  // Called by all threads of a group with the gate gradients dg (and for a projection dh) of steps [t0, t1) complete.
+  void chunk(const Share& s, Barrier& group, int64_t d, int64_t t0, int64_t t1, bool first, const S* dg, const S* dh) {
+    const Work& w = work[s.group];
+    const int64_t rows = lay.offset(t1) - lay.offset(t0);
+    if (wanted()) {
+      pack_right(s, w, d, t0, t1, rows);
+      group.wait(s.threads);
+      weight_grads(s, w, d, rows, first, dg, dh);
+    }
+    if (p.dx.data) input_grads(s, w, d, t0, t1, rows, dg);
+  }
+
+  void finish(const Share& s, int64_t d) {
+    if (!wanted()) return;
+    if (f.T == 0) {
+      if (s.thread == 0) clear(d);
+      return;
+    }
+    if (s.thread > 0 || !p.db_ih[d]) return;
+    const S* db = work[s.group].db;
+    memcpy(p.db_ih[d], db, sizeof(S) * size_t(G * f.H));
+    memcpy(p.db_hh[d], db, sizeof(S) * size_t(G * f.H));
+    if (C == Cell::gru) memcpy(static_cast<S*>(p.db_hh[d]) + 2 * f.H, db + 3 * f.H, sizeof(S) * size_t(f.H));
+  }
+
+  // Both directions' shares of dx into the user's tensor.
+  void combine_dx(int thread, int count) {
+    const Range steps = split(f.T, thread, count);
+    for (int64_t t = steps.begin; t < steps.end; ++t)
+      for (int64_t j = 0; j < lay.alive(t); ++j) {
+        const S* a = dx_rows[0] + (lay.offset(t) + j) * f.I;
+        const S* b = dx_rows[1] + (lay.offset(t) + j) * f.I;
+        const int64_t at = lay.at(p.dx, t, j);
+        for (int64_t i = 0; i < f.I; i += L)
+          store_as<S>(p.dx.data, f.dtype, at + i, load_n(a + i, f.I - i) + load_n(b + i, f.I - i), f.I - i);
+      }
+  }
+
+  bool is_first(int64_t d, int64_t t, int64_t j) const { return d == 0 ? t == 0 : t == lay.length(j) - 1; }
+  // The state that entered step t of row j.
+  Stored state_before(int64_t d, int64_t t, int64_t j) const {
+    if (lay.flag(f.resets, t, j)) return {nullptr, 0};
+    if (is_first(d, t, j)) return {f.h0, (d * f.B + lay.user_row(j)) * f.R};
+    return {f.y.data, lay.at(f.y, d == 0 ? t - 1 : t + 1, j) + d * f.R};
+  }
+
+ private:
+  struct Work {
+    S *w_ih, *dx, *left, *left_hr, *x, *h, *m, *db;
+  };
+
+  const ScanGradParams& p;
+  const ScanParams& f;
+  const Layout& lay;
+  Work work[kMaxDirections];
+  S* dx_rows[kMaxDirections];
+
+  static int64_t padded(int64_t n) { return round_up(n, L); }
+  bool wanted() const { return p.dw_hh[0] != nullptr; }  // dw_ih is empty, and may be null, at I = 0
+  bool projected() const { return f.w_hr[0] != nullptr; }
+  int64_t all_rows() const { return f.batch_sizes ? lay_rows() : f.T * f.B; }
+  int64_t lay_rows() const {
+    int64_t n = 0;
+    for (int64_t t = 0; t < f.T; ++t) n += f.batch_sizes[t];
+    return n;
+  }
+
+  void clear(int64_t d) {
+    memset(p.dw_ih[d], 0, sizeof(S) * size_t(G * f.H * f.I));
+    memset(p.dw_hh[d], 0, sizeof(S) * size_t(G * f.H * f.R));
+    if (p.db_ih[d]) memset(p.db_ih[d], 0, sizeof(S) * size_t(G * f.H));
+    if (p.db_hh[d]) memset(p.db_hh[d], 0, sizeof(S) * size_t(G * f.H));
+    if (p.dw_hr[d]) memset(p.dw_hr[d], 0, sizeof(S) * size_t(f.R * f.H));
+  }
+
+  const S* saved(int64_t d, int64_t t, int64_t j) const {
+    return static_cast<const S*>(f.reserve) + (d * all_rows() + lay.offset(t) + j) * saved_values(C) * f.H;
+  }
+
+  // A vector of row k into the panels of an operand `width` wide: panel of vector v at v * L * rows.
+  static S* panel_at(S* base, int64_t rows, int64_t width, int64_t k, int64_t v) {
+    const int64_t vectors = padded(width) / L, first = v / kMaxPanel * kMaxPanel;
+    return base + first * L * rows + (k * min64(kMaxPanel, vectors - first) + v - first) * L;
+  }
+
+  // Right operands of the weight gradients, in panels: x, the states before each step, and o tanh(c) for a projection.
+  void pack_right(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows) const {
+    const Range mine = split(t1 - t0, s.thread, s.threads);
+    const Range part = split(t1 - t0 == 1 ? lay.alive(t0) : 1, s.thread, s.threads);
+    const bool by_rows = t1 - t0 == 1;
+    for (int64_t t = by_rows ? t0 : t0 + mine.begin; t < (by_rows ? t1 : t0 + mine.end); ++t)
+      for (int64_t j = by_rows ? part.begin : 0; j < (by_rows ? part.end : lay.alive(t)); ++j) {
+        const int64_t k = lay.offset(t) - lay.offset(t0) + j;
+        for (int64_t v = 0; v * L < f.I; ++v)
+          store(panel_at(w.x, rows, f.I, k, v), load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
+        const Stored h = state_before(d, t, j);
+        for (int64_t v = 0; v * L < f.R; ++v) {
+          const V before = h.data ? load_as<S>(h.data, f.dtype, h.at + v * L, f.R - v * L) : V{};
+          store(panel_at(w.h, rows, f.R, k, v), before);
+          if constexpr (C == Cell::gru_reset_before)  // W_hn was multiplied with r h
+            store(panel_at(w.h + rows * padded(f.R), rows, f.R, k, v),
+                  before * load_n(saved(d, t, j) + v * L, f.H - v * L));
+        }
+        if constexpr (C == Cell::lstm) {
+          if (!projected()) continue;
+          const S* row = saved(d, t, j);
+          for (int64_t v = 0; v * L < f.H; ++v) {
+            const V o = load_n(row + 3 * f.H + v * L, f.H - v * L), c = load_n(row + 4 * f.H + v * L, f.H - v * L);
+            store(panel_at(w.m, rows, f.H, k, v), o * Activations().state(c));
+          }
+        }
+      }
+  }
+
+  // A right operand in panels and the rows of the weight gradient it gives.
+  struct Right {
+    const S* panels;
+    int64_t width;
+    S* dw;
+  };
+
+  // dw[i][.] (+)= sum over rows k of left[k][begin + i] * right[k][.], for every right operand. `scratch` takes the
+  // left operand cut into tiles, each transposed.
+  void outer(const S* left, int64_t pitch, Range columns, int64_t rows, const Right* rights, int count, bool first,
+             S* scratch) const {
+    const int64_t tiles = (columns.size() + kTall - 1) / kTall;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Range r = split(columns.size(), int(t), int(tiles));
+      S* a = scratch + r.begin * rows;
+      const S* from = left + columns.begin + r.begin;
+      for (int64_t k = 0; k < rows; ++k) store_n(a + k * r.size(), load_n(from + k * pitch, r.size()), r.size());
+    }
+    for (const Right* right = rights; right != rights + count; ++right)
+      for_panels(0, padded(right->width) / L, kMaxPanel, [&](int64_t v, int u) {
+        for (int64_t t = 0; t < tiles; ++t) outer_tile(*right, split(columns.size(), int(t), int(tiles)), rows, v, u, first, scratch);
+      });
+  }
+
+  void outer_tile(const Right& right, Range r, int64_t rows, int64_t v, int u, bool first, const S* scratch) const {
+    alignas(64) S sums[kMaxTile * kMaxPanel * L];
+    alignas(64) const S zero[kMaxPanel * L] = {};
+    const int m = int(r.size());
+    multiply(Tile<S>{m, u, scratch + r.begin * rows, 1, m, right.panels + v * L * rows, rows, zero, 0, sums, u * L});
+    for (int i = 0; i < m; ++i)
+      for (int k = 0; k < u; ++k) {
+        const int64_t c = (v + k) * L;
+        S* const to = right.dw + (r.begin + i) * right.width + c;
+        const V sum = load(sums + (i * u + k) * L);
+        store_n(to, first ? sum : load_n(to, right.width - c) + sum, right.width - c);
+      }
+  }
+
+  void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const S* dg, const S* dh) const {
+    const int64_t H = f.H;
+    const Range mine = split(kColumns * H, s.thread, s.threads);
+    // Columns [begin, end) of the gate gradients with the rows of dw_ih and dw_hh they belong to, -1 for none.
+    const auto segment = [&](int64_t begin, int64_t end, int64_t row_ih, int64_t row_hh, const S* state) {
+      const Range c = {max64(begin, mine.begin), min64(end, mine.end)};
+      if (c.size() <= 0) return;
+      Right rights[2];
+      int n = 0;
+      const int64_t at = c.begin - begin;
+      if (row_ih >= 0) rights[n++] = {w.x, f.I, static_cast<S*>(p.dw_ih[d]) + (row_ih + at) * f.I};
+      if (row_hh >= 0) rights[n++] = {state, f.R, static_cast<S*>(p.dw_hh[d]) + (row_hh + at) * f.R};
+      outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + c.begin * rows);
+    };
+    if constexpr (C == Cell::gru) {
+      segment(0, 2 * H, 0, 0, w.h);
+      segment(2 * H, 3 * H, 2 * H, -1, nullptr);
+      segment(3 * H, 4 * H, -1, 2 * H, w.h);
+    } else if constexpr (C == Cell::gru_reset_before) {
+      segment(0, 2 * H, 0, 0, w.h);
+      segment(2 * H, 3 * H, 2 * H, 2 * H, w.h + rows * padded(f.R));
+    } else {
+      segment(0, G * H, 0, 0, w.h);
+    }
+    if (projected()) {
+      const Range part = split(f.R, s.thread, s.threads);
+      const Right right = {w.m, H, static_cast<S*>(p.dw_hr[d]) + part.begin * H};
+      outer(dh, state_row_pitch(), part, rows, &right, 1, first, w.left_hr + part.begin * rows);
+    }
+    if (p.db_ih[d]) bias_grads(s, w, rows, first, dg);
+  }
+
+  void bias_grads(const Share& s, const Work& w, int64_t rows, bool first, const S* dg) const {
+    const Range mine = split((kColumns * f.H + L - 1) / L, s.thread, s.threads);
+    for (int64_t v = mine.begin; v < mine.end; ++v) {
+      V sum = first ? V{} : load(w.db + v * L);
+      for (int64_t k = 0; k < rows; ++k) sum = sum + load(dg + k * gate_pitch() + v * L);
+      store(w.db + v * L, sum);
+    }
+  }
+
+  void input_grads(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows, const S* dg) const {
+    const int64_t pitch = padded(f.I), row0 = lay.offset(t0);
+    const Range mine = split(rows, s.thread, s.threads);
+    alignas(64) const S zero[kMaxPanel * L] = {};
+    for_panels(0, pitch / L, kMaxPanel, [&](int64_t v, int u) {
+      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, w.w_ih + v * L * G * f.H, u, zero,
+                     0, w.dx + mine.begin * pitch + v * L, pitch);
+    });
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t from = lay.offset(t) - row0;
+      for (int64_t k = max64(from, mine.begin); k < min64(from + lay.alive(t), mine.end); ++k) {
+        if (f.D > 1)
+          memcpy(dx_rows[d] + (row0 + k) * f.I, w.dx + k * pitch, sizeof(S) * size_t(f.I));
+        else
+          store_row<S>(p.dx.data, f.dtype, lay.at(p.dx, t, k - from), w.dx + k * pitch, f.I);
+      }
+    }
+  }
+};
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

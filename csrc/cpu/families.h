@@ -1,0 +1,18 @@
+// What every ISA build of the families exports.
+#pragma once
+#include "fusedseq.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+Status lstm_forward(const ScanParams& p);
+Status lstm_backward(const ScanGradParams& p);
+Status gru_forward(const ScanParams& p);
+Status gru_backward(const ScanGradParams& p);
+Status gru_reset_before_forward(const ScanParams& p);
+Status gru_reset_before_backward(const ScanGradParams& p);
+Status rnn_forward(const ScanParams& p);
+Status rnn_backward(const ScanGradParams& p);
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

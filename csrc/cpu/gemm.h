@@ -1,0 +1,74 @@
+// Products on packed panels, the one place where floating-point work is done in bulk.
+//
+// C += A B, where B is packed in panels of NV vectors (for every k, NV vectors side by side) and A is read one value at
+// a time and broadcast. A tile of M rows x NV vectors of C stays in registers over the whole of K. Each element of C is
+// one chain of fused multiply-adds in the order of k, whatever the tile, so that a row's result does not depend on
+// how many rows there are.
+#pragma once
+#include "cpu/vec.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+constexpr int kMaxPanel = 4;  // vectors
+constexpr int kMaxTile = 8;   // rows
+
+// Rows of a tile by its width in vectors, so that accumulators, a column of A and a vector of B fill the registers.
+constexpr int tile_rows(int nv) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  return nv >= 4 ? 6 : 8;
+#else
+  return nv >= 4 ? 3 : 4;
+#endif
+}
+
+// One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k][v]. `in` and `out` have rows of nv vectors, their
+// pitches in values; in_pitch 0 repeats one row (a bias).
+template <class S>
+struct Tile {
+  int m, nv;
+  const S* a;
+  int64_t row, step;
+  const S* b;
+  int64_t K;
+  const S* in;
+  int64_t in_pitch;
+  S* out;
+  int64_t out_pitch;
+};
+template <class S>
+void multiply(const Tile<S>& t);
+
+// Calls f(first row, count) over n rows in tiles of nearly equal height for panels of nv vectors.
+template <class F>
+FSQ_INLINE void for_row_tiles(int64_t n, int nv, F f) {
+  const int64_t tall = tile_rows(nv), tiles = (n + tall - 1) / tall;
+  for (int64_t t = 0, r = 0; t < tiles; ++t) {
+    const int64_t m = (n - r) / (tiles - t);
+    f(r, int(m));
+    r += m;
+  }
+}
+
+// Calls f(first vector, count) over vectors [begin, end) in panels of at most `widest`.
+template <class F>
+FSQ_INLINE void for_panels(int64_t begin, int64_t end, int widest, F f) {
+  for (int64_t v = begin; v < end; v += widest) f(v, int(end - v < widest ? end - v : widest));
+}
+
+// All rows of one panel: c = in + A B. K is walked in blocks, so that a tile's rows of A stay in the first-level cache.
+template <class S>
+void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int nv, const S* in, int64_t in_pitch,
+                    S* c, int64_t ldc);
+
+// A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past H
+// are zero.
+template <class S>
+void pack_gates(S* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0, int64_t K);
+
+// A panel of nv vectors for C = A W with W [K, N]: columns col0... of rows row0..row0+K; columns past N are zero.
+template <class S>
+void pack_columns(S* dst, int nv, const void* w, DType dtype, int64_t N, int64_t col0, int64_t row0, int64_t K);
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

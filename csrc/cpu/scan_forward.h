@@ -1,0 +1,362 @@
+// Forward scan of one layer on a CPU.
+//
+// A thread owns a slice of hidden units with all their gates. Time goes in chunks: the chunk's input projection is one
+// product into a cache-sized buffer, then each step multiplies the previous state with the slice's panels of W_hh,
+// starting from that buffer, and applies the cell while the sums are still in registers. Only h crosses threads:
+// one barrier per step.
+#pragma once
+#include "cpu/traits.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+template <Cell C, class S>
+class ForwardScan {
+  typedef Vec<S> V;
+  typedef Traits<C> Tr;
+  typedef typename Tr::A BlockA;
+  typedef typename Tr::B BlockB;
+  static constexpr int L = kLanes<S>;
+  static constexpr int G = BlockA::gates + BlockB::gates;
+  static constexpr int kSaved = saved_values(C);
+  static constexpr bool kTwoPhases = BlockB::gates > 0;
+
+ public:
+  explicit ForwardScan(const ScanParams& p) : p(p) {}
+
+  Status run() {
+    int threads = p.threads;
+    const Share probe = share(0, threads);
+    if (probe.groups * probe.threads == 1) threads = 1;
+    place(probe.groups);
+    if (!arena.allocate()) return Status::out_of_memory;
+    place(probe.groups);
+    lay.fill(p);
+    direct = sizeof(S) == size_t(dtype_size(p.dtype)) && lay.dense(p.x);
+    barriers = arena_barriers;
+    for (int i = 0; i < probe.groups * (threads + 1); ++i) barriers[i] = Barrier();
+    parallel(threads, [&](int thread, int count) {
+      const Share s = share(thread, count);
+      if (s.idle) return;
+      for (int64_t d = s.group; d < p.D; d += s.groups) direction(s, d, threads);
+    });
+    return Status::ok;
+  }
+
+ private:
+  struct Work {  // scratch of one group
+    S *w_ih, *w_hh, *w_hr, *bias_x, *bias_h, *x, *gx, *h[2], *c, *m, *z;
+  };
+
+  const ScanParams& p;
+  Layout lay;
+  Arena arena;
+  Barrier *barriers = nullptr, *arena_barriers = nullptr;
+  Work work[kMaxDirections];
+  bool direct = false;
+  const Activations act{};
+
+  int64_t vectors() const { return (p.H + L - 1) / L; }
+  int64_t state_vectors() const { return (p.R + L - 1) / L; }
+  int64_t hp() const { return state_pitch<S>(p.R); }  // pitch of h
+  int64_t cp() const { return state_pitch<S>(p.H); }  // pitch of c, m, z
+  bool projected() const { return p.w_hr[0] != nullptr; }
+
+  Share share(int thread, int count) const {
+    return plan(thread, count, p.D, p.B, vectors(), G, p.I + p.R, p.T, !p.lengths && !p.batch_sizes, FSQ_VECTOR_BYTES);
+  }
+
+  int64_t chunk_steps() const {
+    const int64_t row_bytes = vectors() * G * L * int64_t(sizeof(S));
+    const int64_t rows = max64(64, 256 * 1024 * p.threads / max64(row_bytes, 1));
+    return max64(1, min64(p.T, rows / max64(p.B, 1)));
+  }
+
+  void place(int groups) {
+    lay.place(arena, p);
+    arena_barriers = arena.take<Barrier>(groups * (p.threads + 1));
+    const int64_t n = vectors() * L, rows = chunk_steps() * p.B;
+    for (int g = 0; g < groups; ++g) {
+      Work& w = work[g];
+      w.w_ih = arena.take<S>(G * n * p.I);
+      w.w_hh = arena.take<S>(G * n * p.R);
+      w.w_hr = arena.take<S>(projected() ? state_vectors() * L * p.H : 0);
+      w.bias_x = arena.take<S>(G * n);
+      w.bias_h = arena.take<S>(n);
+      w.x = arena.take<S>(rows * p.I);
+      w.gx = arena.take<S>(rows * G * n);
+      w.h[0] = arena.take<S>(p.B * hp());
+      w.h[1] = arena.take<S>(p.B * hp());
+      w.c = arena.take<S>(C == Cell::lstm ? p.B * cp() : 0);
+      w.m = arena.take<S>(projected() || kTwoPhases ? p.B * cp() : 0);
+      w.z = arena.take<S>(kTwoPhases ? p.B * cp() : 0);
+    }
+  }
+
+  // Panels of a block start at the block's base; the panel of unit vector v begins v vectors further, whatever U is.
+  template <class Blk>
+  static S* block(S* base, int64_t n, int64_t K) {
+    return base + (Blk::gate0 * n) * K;
+  }
+
+  template <class Blk>
+  void pack(const Share& s, const Work& w, int64_t d) {
+    const int64_t n = vectors() * L;
+    const int ng = Blk::gates;
+    int turn = 0;
+    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+      if (turn++ % s.teams != s.team) return;
+      pack_gates(block<Blk>(w.w_ih, n, p.I) + v * ng * L * p.I, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
+      pack_gates(block<Blk>(w.w_hh, n, p.R) + v * ng * L * p.R, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
+      for (int g = 0; g < ng; ++g)
+        for (int i = 0; i < u; ++i) {
+          // torch's GRU keeps b_hn apart: it is multiplied by the reset gate.
+          const bool apart = C == Cell::gru && g == 2;
+          const int64_t unit = (v + i) * L;
+          store(block<Blk>(w.bias_x, n, 1) + (v * ng + g * u + i) * L,
+                load_bias<S>(p.b_ih[d], apart ? nullptr : p.b_hh[d], p.dtype, Blk::gate0 + g, p.H, unit));
+          if (apart) store(w.bias_h + unit, load_bias<S>(p.b_hh[d], nullptr, p.dtype, 2, p.H, unit));
+        }
+    });
+  }
+
+  template <class Blk>
+  void project(const Share& s, const Work& w, const S* x, Range rows, int64_t chunk_rows) {
+    const int64_t n = vectors() * L, pitch = direct ? lay.pitch(p.x) : p.I;
+    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+      const int nv = Blk::gates * u;
+      multiply_panel(x + rows.begin * pitch, pitch, rows.size(), p.I,
+                     block<Blk>(w.w_ih, n, p.I) + v * Blk::gates * L * p.I, nv,
+                     block<Blk>(w.bias_x, n, 1) + v * Blk::gates * L, 0,
+                     gates<Blk>(w, v, chunk_rows) + rows.begin * nv * L, nv * L);
+    });
+  }
+
+  template <class Blk>
+  S* gates(const Work& w, int64_t v, int64_t chunk_rows) const {
+    return block<Blk>(w.gx, vectors() * L, chunk_rows) + v * Blk::gates * L * chunk_rows;
+  }
+
+  void direction(const Share& s, int64_t d, int threads) {
+    const Work& w = work[s.group];
+    Barrier& group = barriers[s.group * (threads + 1)];
+    Barrier& team = barriers[s.group * (threads + 1) + 1 + s.team];
+    const bool reverse = d == 1;
+    pack<BlockA>(s, w, d);
+    if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
+    if (projected()) pack_projection(s, w, d);
+    const Range mine = split(p.B, s.thread, s.threads);
+    for (int64_t j = mine.begin; j < mine.end; ++j) {
+      initial_state(w.h[0] + j * hp(), p.h0, p, lay, d, j, p.R, reverse);
+      memcpy(w.h[1] + j * hp(), w.h[0] + j * hp(), sizeof(S) * size_t(p.R));
+      if (C == Cell::lstm) initial_state(w.c + j * cp(), p.c0, p, lay, d, j, p.H, reverse);
+    }
+    const int64_t steps = chunk_steps();
+    for (int64_t s0 = 0; s0 < p.T; s0 += steps) {
+      const int64_t s1 = min64(p.T, s0 + steps);
+      const int64_t t0 = reverse ? p.T - s1 : s0, t1 = reverse ? p.T - s0 : s1;
+      const int64_t row0 = lay.offset(t0), rows = lay.offset(t1) - row0;
+      const S* x = w.x;
+      if (direct)
+        x = static_cast<const S*>(p.x.data) + row0 * lay.pitch(p.x);
+      else
+        gather(s, w, t0, t1);
+      if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
+      const Range part = split(rows, s.team, s.teams);
+      project<BlockA>(s, w, x, part, rows);
+      if constexpr (kTwoPhases) project<BlockB>(s, w, x, part, rows);
+      if (s.teams > 1) group.wait(s.threads);
+      for (int64_t k = s0; k < s1; ++k) {
+        const int64_t t = reverse ? p.T - 1 - k : k;
+        step(s, w, d, t, reverse ? t - 1 : t + 1, lay.offset(t) - row0, rows, w.h[k & 1], w.h[(k + 1) & 1], team);
+        team.wait(s.slices);
+      }
+    }
+    group.wait(s.threads);
+    finish(mine, w, d, reverse);
+    group.wait(s.threads);
+  }
+
+  void gather(const Share& s, const Work& w, int64_t t0, int64_t t1) {
+    const Range part = split(t1 - t0, s.thread, s.threads);
+    for (int64_t t = t0 + part.begin; t < t0 + part.end; ++t)
+      for (int64_t j = 0; j < lay.alive(t); ++j)
+        load_row<S>(w.x + (lay.offset(t) - lay.offset(t0) + j) * p.I, p.x.data, p.dtype, lay.at(p.x, t, j), p.I);
+  }
+
+  // What a finished row of a step is written to.
+  struct Out {
+    int64_t y, c;  // element offsets
+    S* saved;
+    bool now, next;  // a reset before this step, before the next one
+  };
+  struct Moment {
+    int64_t d, t, t_next;
+  };
+  Out out(const Moment& at, int64_t j) const {
+    Out o;
+    o.y = lay.at(p.y, at.t, j) + at.d * p.R;
+    o.c = p.c_all.data ? lay.at(p.c_all, at.t, j) + at.d * p.H : 0;
+    const int64_t row = at.d * reserve_rows() + lay.offset(at.t) + j;
+    o.saved = p.reserve ? static_cast<S*>(p.reserve) + row * kSaved * p.H : nullptr;
+    o.now = lay.flag(p.resets, at.t, j);
+    o.next = lay.flag(p.resets, at.t_next, j);
+    return o;
+  }
+  int64_t reserve_rows() const { return p.batch_sizes ? lay.total() : p.T * p.B; }
+  void save(const Out& o, int slot, int64_t unit, V v) const {
+    store_n(o.saved + slot * p.H + unit, v, p.H - unit);
+  }
+  void emit(const Out& o, S* h_next, int64_t unit, V h) const {
+    store(h_next + unit, o.next ? V{} : h);
+    store_as<S>(p.y.data, p.dtype, o.y + unit, h, p.R - unit);
+  }
+
+  void step(const Share& s, const Work& w, int64_t d, int64_t t, int64_t t_next, int64_t row, int64_t chunk_rows,
+            const S* h, S* h_next, Barrier& team) {
+    const int64_t j0 = s.rows.begin, n = min64(s.rows.end, lay.alive(t)) - j0;
+    const Moment at{d, t, t_next};
+    block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, h, hp(), h, h_next);
+    if constexpr (kTwoPhases) {
+      team.wait(s.slices);
+      block_step<BlockB>(s, w, at, j0, n, row, chunk_rows, w.m, cp(), h, h_next);
+    }
+    if (projected()) {
+      team.wait(s.slices);
+      project_state(s, w, at, j0, n, h_next);
+    }
+  }
+
+  // One phase of a step: a's product with the block's panels on top of the input projection, then the cell.
+  template <class Blk>
+  void block_step(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, int64_t row,
+                  int64_t chunk_rows, const S* a, int64_t lda, const S* h, S* h_next) {
+    if (n <= 0) return;
+    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+      const int nv = Blk::gates * u;
+      const S* gx = gates<Blk>(w, v, chunk_rows) + row * nv * L;
+      const S* panel = block<Blk>(w.w_hh, vectors() * L, p.R) + v * Blk::gates * L * p.R;
+      for_row_tiles(n, nv, [&](int64_t r, int m) {
+        alignas(64) S sums[kMaxTile * kMaxPanel * L];
+        const int64_t j = j0 + r;
+        const S* in = gx + j * nv * L;
+        if constexpr (C == Cell::gru) {  // W_hn h is summed apart from the input's part
+          for (int i = 0; i < m; ++i) {
+            for (int g = 0; g < 2; ++g) store(sums + (i * 3 + g) * L, load(in + (i * 3 + g) * L));
+            store(sums + (i * 3 + 2) * L, load(w.bias_h + v * L));
+          }
+          in = sums;
+        }
+        multiply(Tile<S>{m, nv, a + j * lda, lda, 1, panel, p.R, in, nv * L, sums, nv * L});
+        for (int i = 0; i < m; ++i) {
+          const Out o = out(at, j + i);
+          for (int k = 0; k < u; ++k)
+            cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv) * L, h, h_next);
+        }
+      });
+    });
+  }
+
+  // The cell of one row over one unit vector; `sums` holds its gates, `pitch` apart.
+  template <class Blk>
+  inline __attribute__((always_inline)) void cell(const Work& w, const Out& o, int64_t j, int64_t unit, const S* sums, int64_t pitch, const S* gx,
+                       const S* h, S* h_next) const {
+    S* next = h_next + j * hp();
+    if constexpr (C == Cell::lstm) {
+      S* const cell = w.c + j * cp() + unit;
+      const V c_prev = o.now ? V{} : load(cell);
+      const LstmStep<V> c =
+          lstm_fwd(load(sums), load(sums + pitch), load(sums + 2 * pitch), load(sums + 3 * pitch), c_prev, act);
+      store(cell, c.c);
+      if (o.saved) {
+        save(o, 0, unit, c.i);
+        save(o, 1, unit, c.f);
+        save(o, 2, unit, c.g);
+        save(o, 3, unit, c.o);
+        save(o, 4, unit, c.c);
+      }
+      if (p.c_all.data) store_as<S>(p.c_all.data, p.dtype, o.c + unit, c.c, p.H - unit);
+      if (projected())
+        store(w.m + j * cp() + unit, c.h);
+      else
+        emit(o, next, unit, c.h);
+    } else if constexpr (C == Cell::gru) {
+      const V hn = load(sums + 2 * pitch);
+      const GruStep<V> c =
+          gru_fwd(load(sums), load(sums + pitch), load(gx + 2 * L), hn, load(h + j * hp() + unit), act);
+      if (o.saved) {
+        save(o, 0, unit, c.r);
+        save(o, 1, unit, c.z);
+        save(o, 2, unit, c.n);
+        save(o, 3, unit, hn);
+      }
+      emit(o, next, unit, c.h);
+    } else if constexpr (C == Cell::gru_reset_before && Blk::gate0 == 0) {
+      const V reset = act.gate(load(sums)), z = act.gate(load(sums + pitch));
+      store(w.m + j * cp() + unit, reset * load(h + j * hp() + unit));
+      store(w.z + j * cp() + unit, z);
+      if (o.saved) {
+        save(o, 0, unit, reset);
+        save(o, 1, unit, z);
+      }
+    } else if constexpr (C == Cell::gru_reset_before) {
+      const V n = act.state(load(sums));
+      if (o.saved) save(o, 2, unit, n);
+      emit(o, next, unit, gru_blend(load(w.z + j * cp() + unit), n, load(h + j * hp() + unit), act));
+    } else {
+      emit(o, next, unit, rnn_fwd<C == Cell::rnn_relu>(load(sums), act));
+    }
+  }
+
+  void pack_projection(const Share& s, const Work& w, int64_t d) {
+    if (s.team > 0) return;
+    const Range mine = split(state_vectors(), s.slice, s.slices);
+    for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
+      pack_gates(w.w_hr + v * L * p.H, 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
+    });
+  }
+
+  // h = m W_hr^T (LSTM with projection, Sak et al. 2014).
+  void project_state(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* h_next) {
+    if (n <= 0) return;
+    const Range mine = split(state_vectors(), s.slice, s.slices);
+    for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
+      for_row_tiles(n, u, [&](int64_t r, int m) {
+        alignas(64) S sums[kMaxTile * kMaxPanel * L];
+        alignas(64) const S zero[kMaxPanel * L] = {};
+        multiply(Tile<S>{m, u, w.m + (j0 + r) * cp(), cp(), 1, w.w_hr + v * L * p.H, p.H, zero, 0, sums, u * L});
+        for (int i = 0; i < m; ++i) {
+          const int64_t j = j0 + r + i;
+          const Out o = out(at, j);
+          for (int k = 0; k < u; ++k) emit(o, h_next + j * hp(), (v + k) * L, load(sums + (i * u + k) * L));
+        }
+      });
+    });
+  }
+
+  void finish(Range rows, const Work& w, int64_t d, bool reverse) {
+    const int64_t size = dtype_size(p.dtype);
+    for (int64_t j = rows.begin; j < rows.end; ++j) {
+      const int64_t b = d * p.B + lay.user_row(j), n = lay.length(j);
+      char* h_n = static_cast<char*>(p.h_n) + b * p.R * size;
+      char* c_n = static_cast<char*>(p.c_n) + b * p.H * size;
+      if (n > 0) {
+        const int64_t at = lay.at(p.y, reverse ? 0 : n - 1, j) + d * p.R;
+        memcpy(h_n, static_cast<const char*>(p.y.data) + at * size, size_t(p.R * size));
+        if (C == Cell::lstm) store_row<S>(c_n, p.dtype, 0, w.c + j * cp(), p.H);
+        continue;
+      }
+      copy_state(h_n, p.h0, b * p.R * size, p.R * size);
+      if (C == Cell::lstm) copy_state(c_n, p.c0, b * p.H * size, p.H * size);
+    }
+  }
+  static void copy_state(char* dst, const void* src, int64_t at, int64_t bytes) {
+    if (src)
+      memcpy(dst, static_cast<const char*>(src) + at, size_t(bytes));
+    else
+      memset(dst, 0, size_t(bytes));
+  }
+};
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

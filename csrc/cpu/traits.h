@@ -1,0 +1,76 @@
+// What a scan needs to know of a cell beyond its math: how gates are grouped into panels.
+#pragma once
+#include "cpu/layout.h"  // the value types, before the cell math that is written in them
+//
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cpu/convert.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+// A block of NG gates from gate0 on, held together in one tile over up to UMAX unit vectors. With two blocks (a GRU that
+// resets before the product) a step has two phases.
+template <int GATE0, int NG, int UMAX>
+struct Block {
+  static constexpr int gate0 = GATE0, gates = NG, units = UMAX;
+};
+struct NoBlock {
+  static constexpr int gate0 = 0, gates = 0, units = 1;
+};
+
+template <Cell C>
+struct Traits;
+template <>
+struct Traits<Cell::lstm> {
+  typedef Block<0, 4, 1> A;
+  typedef NoBlock B;
+};
+template <>
+struct Traits<Cell::gru> {
+  typedef Block<0, 3, 1> A;
+  typedef NoBlock B;
+};
+template <>
+struct Traits<Cell::gru_reset_before> {
+  typedef Block<0, 2, 2> A;
+  typedef Block<2, 1, 4> B;
+};
+template <>
+struct Traits<Cell::rnn_tanh> {
+  typedef Block<0, 1, 4> A;
+  typedef NoBlock B;
+};
+template <>
+struct Traits<Cell::rnn_relu> : Traits<Cell::rnn_tanh> {};
+
+// Bias of one gate over a unit vector: the sum of what is given.
+template <class S>
+FSQ_INLINE Vec<S> load_bias(const void* a, const void* b, DType dtype, int gate, int64_t H, int64_t unit) {
+  Vec<S> v{};
+  if (unit >= H) return v;
+  if (a) v = load_as<S>(a, dtype, gate * H + unit, H - unit);
+  if (b) v = v + load_as<S>(b, dtype, gate * H + unit, H - unit);
+  return v;
+}
+
+// Leading dimension of a state buffer: whole vectors, and one more so that rows of a tile do not share cache sets.
+template <class S>
+FSQ_INLINE int64_t state_pitch(int64_t n) {
+  return round_up(n, kLanes<S>) + kLanes<S>;
+}
+
+// The state before a row's first step, in the compute type (zero if none was given or a reset comes first).
+template <class S>
+FSQ_INLINE void initial_state(S* dst, const void* src, const ScanParams& p, const Layout& lay, int64_t d, int64_t j,
+                              int64_t width, bool reverse) {
+  const int64_t first = reverse ? lay.length(j) - 1 : 0;
+  if (src && !lay.flag(p.resets, first, j))
+    load_row<S>(dst, src, p.dtype, (d * p.B + lay.user_row(j)) * width, width);
+  else
+    memset(dst, 0, sizeof(S) * size_t(width));
+}
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

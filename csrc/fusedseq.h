@@ -1,0 +1,85 @@
+// The whole surface of the compiled core. Torch-free: raw pointers, sizes, strides.
+//
+// Notation: T time, B batch, I input size, H hidden size, R state size (proj_size if > 0, else H),
+// G gates (LSTM i,f,g,o; GRU r,z,n; RNN 1), D directions, N rows of a packed sequence.
+#pragma once
+#include <stdint.h>
+
+namespace fusedseq {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Cell : int { lstm = 0, gru = 1, gru_reset_before = 2, rnn_tanh = 3, rnn_relu = 4 };
+enum class Status : int { ok = 0, out_of_memory = 1 };
+
+constexpr int kMaxDirections = 2;
+
+// Values per (row, unit) that forward keeps for backward; cells/<family>.h says which and in what form.
+constexpr int saved_values(Cell cell) {
+  return cell == Cell::lstm ? 5 : cell == Cell::gru ? 4 : cell == Cell::gru_reset_before ? 3 : 0;
+}
+constexpr int gate_count(Cell cell) {
+  return cell == Cell::lstm ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
+}
+
+// A user tensor whose rows are addressed by (t, b): element (t, b, i) of a padded tensor lies at
+// data + t * st + b * sb + i; of a packed one at data + (offset[t] + b) * sb + i, offset = running sum of
+// batch_sizes. Strides count elements, the last dimension is dense.
+struct Rows {
+  void* data;
+  int64_t st, sb;
+};
+
+// One layer, all its directions, forward. Nothing is allocated beyond the call; outputs are the caller's.
+struct ScanParams {
+  Cell cell;
+  DType dtype;  // of x, states, weights and outputs; half types compute in float32, reserve is float32
+  int threads;
+  int64_t T, B, I, H, R, D;
+  Rows x;                                // [T,B,I]
+  const void* h0;                        // [D,B,R] dense, or null: zeros
+  const void* c0;                        // [D,B,H] dense, or null: zeros
+  const void* w_ih[kMaxDirections];      // [G*H, I] dense
+  const void* w_hh[kMaxDirections];      // [G*H, R] dense
+  const void* b_ih[kMaxDirections];      // [G*H] or null
+  const void* b_hh[kMaxDirections];      // [G*H] or null
+  const void* w_hr[kMaxDirections];      // [R, H] dense or null (then R == H)
+  const int64_t* lengths;                // [B] or null
+  const int64_t* batch_sizes;            // [T] or null; excludes lengths
+  Rows resets;                           // bool [T,B], data may be null
+  Rows y;                                // [T,B,D*R]; rows past a length are left untouched
+  Rows c_all;                            // [T,B,D*H], data may be null
+  void* h_n;                             // [D,B,R] dense
+  void* c_n;                             // [D,B,H] dense, LSTM only
+  void* reserve;                         // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
+};
+
+// The backward of the same call. Gradients that come in may be null (zero); those that go out may be null (unwanted).
+struct ScanGradParams {
+  ScanParams fwd;             // as given to forward; y and reserve as forward left them
+  Rows dy;                    // [T,B,D*R] or null
+  Rows dc_all;                // [T,B,D*H] or null
+  const void* dh_n;           // [D,B,R] dense or null
+  const void* dc_n;           // [D,B,H] dense or null
+  Rows dx;                    // [T,B,I]; rows past a length are left untouched
+  void* dh0;                  // [D,B,R]
+  void* dc0;                  // [D,B,H], LSTM only
+  void* dw_ih[kMaxDirections];  // compute type, like the weight; all of a direction or none
+  void* dw_hh[kMaxDirections];
+  void* db_ih[kMaxDirections];
+  void* db_hh[kMaxDirections];
+  void* dw_hr[kMaxDirections];
+};
+
+// Entry points of one ISA row of the CPU backend.
+struct CpuTable {
+  const char* name;
+  Status (*forward)(const ScanParams&);
+  Status (*backward)(const ScanGradParams&);
+  // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh. For the accuracy tests.
+  void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
+};
+
+// The rows this machine can run, slowest first; `count` is filled in.
+const CpuTable* const* cpu_tables(int* count);
+
+}  // namespace fusedseq

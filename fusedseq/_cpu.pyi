@@ -1,0 +1,56 @@
+"""The compiled core. csrc/fusedseq.h states what each argument means; fusedseq.backends.cpu is its only caller."""
+
+from typing import TypeAlias
+
+_Address: TypeAlias = int | None
+_Rows: TypeAlias = tuple[int, int, int] | None  # address, stride over time, stride over the batch, in elements
+_Sizes: TypeAlias = tuple[int, int, int, int, int, int]  # T, B, I, H, R, D
+_Weights: TypeAlias = tuple[tuple[_Address, _Address, _Address, _Address, _Address], ...]  # w_ih w_hh b_ih b_hh w_hr
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def scan_forward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    sizes: _Sizes,
+    x: _Rows,
+    h0: _Address,
+    c0: _Address,
+    weights: _Weights,
+    lengths: _Address,
+    batch_sizes: _Address,
+    resets: _Rows,
+    y: _Rows,
+    c_all: _Rows,
+    h_n: _Address,
+    c_n: _Address,
+    reserve: _Address,
+    /,
+) -> None: ...
+def scan_backward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    sizes: _Sizes,
+    x: _Rows,
+    h0: _Address,
+    c0: _Address,
+    weights: _Weights,
+    lengths: _Address,
+    batch_sizes: _Address,
+    resets: _Rows,
+    y: _Rows,
+    reserve: _Address,
+    dy: _Rows,
+    dc_all: _Rows,
+    dh_n: _Address,
+    dc_n: _Address,
+    dx: _Rows,
+    dh0: _Address,
+    dc0: _Address,
+    dweights: _Weights,
+    /,
+) -> None: ...
+def apply_math(which: int, dtype: int, x: int, y: int, n: int, /) -> None: ...

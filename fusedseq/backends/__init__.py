@@ -1,0 +1,1 @@
+"""One module per backend, all with the same functions: see `docs/dev/contract.md`."""

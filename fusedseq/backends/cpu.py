@@ -1,0 +1,183 @@
+"""The compiled core for CPUs: adapts tensors to `fusedseq._cpu` and says what it supports.
+
+The core takes addresses, sizes and strides; allocation, density of the last dimension and the thread count are settled
+here. Every output is written by the core, so nothing is zeroed first except what lies beyond a row's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedseq import config
+from fusedseq.backends.reference import reserve_like
+
+if TYPE_CHECKING:
+    from fusedseq.registry import ScanCall
+
+name = "cpu"
+
+_core: Any
+try:
+    from fusedseq import _cpu as _core
+except ImportError as error:
+    _core = None
+    _why_missing = f"the compiled core fusedseq._cpu does not load ({error})"
+else:
+    _why_missing = ""
+    if config.settings.isa:
+        _core.set_isa(config.settings.isa)
+
+_CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
+_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_threads = torch.get_num_threads
+
+
+def missing() -> str | None:
+    return _why_missing or None
+
+
+def supports(call: ScanCall) -> str | None:
+    if call.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {call.device}"
+    if call.dtype not in _DTYPES:
+        return f"it has no kernel for {call.dtype}"
+    return None
+
+
+def _rows(x: Tensor | None, packed: bool, batch_first: bool) -> tuple[int, int, int] | None:
+    """Address, time stride, batch stride of a tensor whose last dimension is dense (or, for a mask, absent)."""
+    if x is None:
+        return None
+    stride = x.stride()
+    if packed:
+        return x.data_ptr(), 0, stride[0]
+    return (x.data_ptr(), stride[1], stride[0]) if batch_first else (x.data_ptr(), stride[0], stride[1])
+
+
+def _dense_rows(x: Tensor | None) -> Tensor | None:
+    """x with a dense last dimension; anything may be broadcast or strided before it."""
+    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _weights(weights: Sequence[Tensor], directions: int) -> tuple[tuple[int | None, ...], ...]:
+    """Per direction the addresses of w_ih, w_hh, b_ih, b_hh, w_hr; see the contract for which are there."""
+    count = len(weights) // directions
+    bias, projection = count >= 4, count in (3, 5)
+    table = []
+    for d in range(directions):
+        w = weights[d * count : (d + 1) * count]
+        table.append((
+            w[0].data_ptr(), w[1].data_ptr(),
+            w[2].data_ptr() if bias else None, w[3].data_ptr() if bias else None,
+            w[-1].data_ptr() if projection else None,
+        ))  # fmt: skip
+    return tuple(table)
+
+
+def _dense(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w if w.is_contiguous() else w.contiguous() for w in weights]
+
+
+def _sizes(
+    cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], directions: int, batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[int, int, int, int, int, int]:  # fmt: skip
+    """T, B, I, H, R, D."""
+    hidden, state = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
+    if batch_sizes is not None:
+        batch = h0.shape[1] if h0 is not None else int(batch_sizes[0]) if len(batch_sizes) else 0
+        return len(batch_sizes), batch, x.shape[1], hidden, state, directions
+    steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    return steps, batch, x.shape[2], hidden, state, directions
+
+
+def scan_forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    cells: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    directions = 2 if bidirectional else 1
+    packed = batch_sizes is not None
+    sizes = _sizes(cell, x, h0, weights, directions, batch_first, batch_sizes)
+    _, batch, _, hidden, state, _ = sizes
+    x, weights = _dense_rows(x), _dense(weights)
+    h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
+    # Rows past a length are not visited.
+    make = x.new_empty if lengths is None else x.new_zeros
+    y = make((*x.shape[:-1], directions * state))
+    c_all = make((*x.shape[:-1], directions * hidden)) if cells else None
+    h_n = x.new_empty((directions, batch, state))
+    c_n = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
+    reserve = reserve_like(cell, x, weights, bidirectional) if save else None
+    _core.scan_forward(
+        _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
+        _rows(y, packed, batch_first), _rows(c_all, packed, batch_first), _pointer(h_n), _pointer(c_n),
+        _pointer(reserve) if save and reserve.numel() else None,
+    )  # fmt: skip
+    return y, h_n, c_n, c_all, reserve
+
+
+def scan_backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc_all: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    directions = 2 if bidirectional else 1
+    packed = batch_sizes is not None
+    sizes = _sizes(cell, x, h0, weights, directions, batch_first, batch_sizes)
+    _, batch, _, hidden, state, _ = sizes
+    x, y, dy, dc_all = (_dense_rows(t) for t in (x, y, dy, dc_all))
+    weights = _dense(weights)
+    h0, c0, dh_n, dc_n = (None if s is None else s.contiguous() for s in (h0, c0, dh_n, dc_n))
+    make = torch.empty if lengths is None else torch.zeros
+    dx = make(x.shape, dtype=x.dtype) if need_dx else None
+    dh0 = x.new_empty((directions, batch, state))
+    dc0 = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweights = [torch.empty(w.shape, dtype=compute) for w in weights] if need_dw else []
+    _core.scan_backward(
+        _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
+        _rows(y, packed, batch_first), _pointer(reserve) if reserve.numel() else None,
+        _rows(dy, packed, batch_first), _rows(dc_all, packed, batch_first), _pointer(dh_n), _pointer(dc_n),
+        _rows(dx, packed, batch_first), _pointer(dh0), _pointer(dc0),
+        _weights(dweights, directions) if need_dw else (),
+    )  # fmt: skip
+    if need_dw and compute != x.dtype:
+        dweights = [g.to(x.dtype) for g in dweights]
+    return dx, dh0, dc0, dweights

@@ -1,0 +1,55 @@
+"""Every environment variable of the project is read here, once, at import. ENVS.md describes them for users."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# In priority order: the registry tries them from left to right.
+BACKENDS = ("cpu", "reference")
+# From plain to richest, as `fusedseq._cpu.isas()` names them.
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+_TRUE = ("1", "true", "on", "yes")
+_FALSE = ("", "0", "false", "off", "no")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asked for; None means the variable leaves the choice open."""
+
+    backend: str | None = None
+    strict: bool = False
+    isa: str | None = None
+
+
+def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
+    value = environ.get(name, "").strip().lower()
+    if value in ("", "auto"):
+        return None
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)} or auto, got {environ[name]!r}")
+    return value
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name}: expected 1 or 0, got {environ[name]!r}")
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and validate the variables; a value nobody understands is an error, never ignored."""
+    environ = os.environ if environ is None else environ
+    return Settings(
+        backend=_one_of(environ, "FUSEDSEQ_BACKEND", BACKENDS),
+        strict=_flag(environ, "FUSEDSEQ_STRICT"),
+        isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
+    )
+
+
+settings = load()

@@ -1,0 +1,12 @@
+"""Modules that stand in for their torch.nn namesakes, and `fuse`, which puts them into an existing model."""
+
+from __future__ import annotations
+
+from fusedseq.nn import dynamo
+from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
+from fusedseq.nn.fuse import FuseReport, fuse, unfuse
+from fusedseq.nn.rnn import GRU, LSTM, RNN
+
+__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "RNNCell", "fuse", "unfuse"]
+
+dynamo.install()

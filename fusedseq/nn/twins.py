@@ -1,0 +1,102 @@
+"""torch.nn's modules, ours, and how one instance passes from the class of the one to the class of the other.
+
+The originals are looked up once, at import: a program may later put our classes in torch.nn's place, and what
+calls "torch's own LSTM" must not find ours there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+TorchRNNBase = torch.nn.RNNBase
+TorchRNN = torch.nn.RNN
+TorchLSTM = torch.nn.LSTM
+TorchGRU = torch.nn.GRU
+TorchRNNCellBase = torch.nn.RNNCellBase
+TorchRNNCell = torch.nn.RNNCell
+TorchLSTMCell = torch.nn.LSTMCell
+TorchGRUCell = torch.nn.GRUCell
+
+#: torch's class -> ours; filled by the files that define ours.
+FUSED: dict[type, type] = {}
+
+
+class Fused:
+    """What each of our modules adds to its torch.nn namesake for the sake of passing to and fro."""
+
+    def beyond_torch(self) -> str | None:
+        """The option in use that torch.nn lacks, or None if the namesake computes the same."""
+        return None
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        # TorchScript cannot compile a forward with keyword-only arguments, and its archives must load where this
+        # package is not installed: what it gets is torch's own module. Sharing the dictionaries, not only the
+        # parameters in them, keeps the two one under .to(), load_state_dict and hooks.
+        option = self.beyond_torch()
+        if option is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} with {option} has no counterpart in torch.nn and cannot be scripted"
+            )
+        stock = stock_class(type(self))
+        if stock is None:
+            raise RuntimeError(
+                f"{type(self).__qualname__} is a subclass of fusedseq.{base_name(type(self))} and cannot be scripted"
+            )
+        twin: torch.nn.Module = object.__new__(stock)
+        twin.__dict__.update(self.__dict__)
+        settle(twin)
+        return twin
+
+
+def base_name(cls: type) -> str:
+    """The name of the torch.nn module that `cls` is, or descends from."""
+    for base in cls.__mro__:
+        if base in FUSED:
+            return base.__name__
+    raise TypeError(f"{cls.__qualname__} descends from none of {sorted(c.__name__ for c in FUSED)}")
+
+
+def _is_parametrized_class(cls: type) -> bool:
+    # register_parametrization gives the instance a class of its own, derived from the one it had.
+    return len(cls.__bases__) == 1 and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"
+
+
+def _rebased(cls: type, table: dict[type, type]) -> type | None:
+    if cls in table:
+        return table[cls]
+    if _is_parametrized_class(cls) and cls.__bases__[0] in table:
+        base = table[cls.__bases__[0]]
+        members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        return type(f"Parametrized{base.__name__}", (base,), members)
+    return None
+
+
+def fused_class(cls: type) -> type | None:
+    """Our class for a module of exactly this torch.nn class (parametrized or not); None for any other class."""
+    return _rebased(cls, FUSED)
+
+
+def stock_class(cls: type) -> type | None:
+    """torch.nn's class for a module of exactly this class of ours; None for any other class."""
+    return _rebased(cls, {ours: stock for stock, ours in FUSED.items()})
+
+
+def plain_class(module: torch.nn.Module) -> type:
+    """The class of `module` before any parametrization was registered on it."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) and _is_parametrized_class(cls) else cls
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Bring the weight list that torch's RNNs keep beside their parameters in line with the module's class."""
+    if not isinstance(module, TorchRNNBase):
+        return
+    if isinstance(module, Fused):
+        # Ours is computed on demand; a copy left behind would only keep replaced weights alive.
+        module.__dict__.pop("_flat_weights", None)
+    else:
+        stock: Any = module
+        stock._init_flat_weights()

@@ -1,0 +1,272 @@
+"""Which backend runs a call, and why: one decision per kind of call, remembered, visible and never silent."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedseq import config
+
+
+class BackendError(RuntimeError):
+    """The backend that was named cannot be used, or strict mode forbids the fallback."""
+
+
+class FallbackWarning(UserWarning):
+    """A faster backend exists but did not take the call."""
+
+
+class ScanCall(NamedTuple):
+    """What a decision may depend on. T is the number of steps, also for packed input."""
+
+    cell: str
+    device: str
+    dtype: torch.dtype
+    T: int
+    B: int
+    I: int
+    H: int
+    R: int
+    D: int
+    packed: bool
+    lengths: bool
+    resets: bool
+    cells: bool
+    grad: bool
+
+
+def scan_call(
+    cell: str,
+    x: torch.Tensor,
+    sizes: tuple[int, int, int, int, int, int],
+    batch_sizes: object,
+    lengths: object,
+    resets: object,
+    cells: bool,
+    grad: bool,
+) -> ScanCall:
+    """The call as a decision sees it. `sizes` is T, B, I, H, R, D."""
+    device = "cpu" if x.is_cpu else x.device.type
+    packed, ragged, reset = batch_sizes is not None, lengths is not None, resets is not None
+    # A third of the time that the constructor takes, on every streaming step.
+    return tuple.__new__(ScanCall, (cell, device, x.dtype, *sizes, packed, ragged, reset, cells, grad))
+
+
+class Choice(NamedTuple):
+    """One decision: the backend that runs `call` and the reasons of those passed over before it."""
+
+    call: ScanCall
+    backend: str
+    module: ModuleType
+    passed_over: dict[str, str]
+
+
+# Each distinct (forced backend, call) is one entry; streams of ever-new lengths must not grow it without bound.
+_CACHE_LIMIT = 4096
+_decisions: dict[tuple[str, ScanCall], Choice] = {}
+_warned: set[str] = set()
+_hooks: tuple[Callable[[Choice], None], ...] = ()
+_modules: dict[str, ModuleType] = {}
+
+
+class _Forced(threading.local):
+    """The backend named in this thread, "" if none. A threading.local, since torch.compile can guard on it."""
+
+    name = config.settings.backend or ""
+
+
+_forced = _Forced()
+
+
+def backends() -> dict[str, ModuleType]:
+    """All backends by name, in the order in which they are tried."""
+    if not _modules:
+        for name in config.BACKENDS:
+            _modules[name] = importlib.import_module(f"fusedseq.backends.{name}")
+    return _modules
+
+
+def forced() -> str:
+    """The backend named by `use_backend` or FUSEDSEQ_BACKEND, "" if the registry is free to choose."""
+    return _forced.name
+
+
+def choose(call: ScanCall, name: str | None = None) -> ModuleType:
+    """The backend module for this call. `name` overrides what the thread has forced; "" leaves the choice open."""
+    key = (_forced.name if name is None else name, call)
+    choice = _decisions.get(key)
+    if choice is None:
+        choice = _decide(*key)
+        if len(_decisions) >= _CACHE_LIMIT:
+            _decisions.clear()
+        _decisions[key] = choice
+    if _hooks:
+        for hook in _hooks:
+            hook(choice)
+    return choice.module
+
+
+def _refusal(module: ModuleType, call: ScanCall) -> str | None:
+    reason = module.missing()
+    return f"not usable: {reason}" if reason is not None else module.supports(call)
+
+
+def _decide(name: str, call: ScanCall) -> Choice:
+    if name:
+        module = _named(name)
+        reason = module.supports(call)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} was asked for by name but refuses {describe(call)}: {reason}")
+        return Choice(call, name, module, {})
+    passed_over: dict[str, str] = {}
+    for name, module in backends().items():
+        reason = _refusal(module, call)
+        if reason is None:
+            if passed_over:
+                _report_fallback(name, call, passed_over)
+            return Choice(call, name, module, passed_over)
+        passed_over[name] = reason
+    raise BackendError(f"no backend takes {describe(call)}: {_join(passed_over)}")
+
+
+def _report_fallback(name: str, call: ScanCall, passed_over: dict[str, str]) -> None:
+    reasons = _join(passed_over)
+    if config.settings.strict:
+        raise BackendError(f"FUSEDSEQ_STRICT: {describe(call)} would fall back to {name!r} because {reasons}")
+    if reasons not in _warned:
+        _warned.add(reasons)
+        warnings.warn(
+            f"fusedseq falls back to the backend {name!r} because {reasons}. This is said once; "
+            "fusedseq.explain(...) shows every call, FUSEDSEQ_STRICT=1 makes it an error.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+
+
+def _join(passed_over: dict[str, str]) -> str:
+    return "; ".join(f"{name!r}: {reason}" for name, reason in passed_over.items())
+
+
+def describe(call: ScanCall) -> str:
+    """A call in one line, as errors and reports print it."""
+    flags = [flag for flag in ("packed", "lengths", "resets", "cells", "grad") if getattr(call, flag)]
+    sizes = " ".join(f"{size}={getattr(call, size)}" for size in "TBIHRD")
+    dtype = str(call.dtype).removeprefix("torch.")
+    return " ".join([call.cell, call.device, dtype, sizes, *flags])
+
+
+def _named(name: str) -> ModuleType:
+    module = backends().get(name)
+    if module is None:
+        raise ValueError(f"backend: expected one of {', '.join(config.BACKENDS)}, got {name!r}")
+    reason = module.missing()
+    if reason is not None:
+        raise BackendError(f"backend {name!r} was asked for by name but is not usable: {reason}")
+    return module
+
+
+class use_backend:
+    """Name the backend that runs every call of this thread; it takes the call or raises.
+
+    As a plain call it holds until the next one; in a `with` statement what was in force before comes back at the
+    end. `None` leaves the choice to the registry again.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            _named(name)
+        self._before = _forced.name
+        self.name = name
+        _forced.name = name or ""
+
+    def __enter__(self) -> use_backend:
+        if _forced.name != (self.name or ""):
+            # Made earlier and entered now: what is in force at this moment is what comes back.
+            self._before = _forced.name
+            _forced.name = self.name or ""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _forced.name = self._before
+
+    def __repr__(self) -> str:
+        return f"use_backend({self.name!r})"
+
+
+def reload() -> None:
+    """Read the environment again and forget all decisions, for processes that change their environment."""
+    config.settings = config.load()
+    _Forced.name = config.settings.backend or ""
+    vars(_forced).pop("name", None)
+    _warned.clear()
+    _decisions.clear()
+
+
+def add_hook(hook: Callable[[Choice], None]) -> None:
+    """Call `hook` with the `Choice` of every operator call, in every thread, until it is removed."""
+    global _hooks
+    _hooks = (*_hooks, hook)
+
+
+def remove_hook(hook: Callable[[Choice], None]) -> None:
+    global _hooks
+    _hooks = tuple(one for one in _hooks if one is not hook)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Choice]]:
+    """Collect the choices made while the block runs: `{(c.call.cell, c.backend, c.call.dtype) for c in ran}`."""
+    ran: list[Choice] = []
+    hook = ran.append
+    add_hook(hook)
+    try:
+        yield ran
+    finally:
+        remove_hook(hook)
+
+
+class Report:
+    """What `explain` saw: `calls` lists every operator call in order, `output` is what the callable returned."""
+
+    def __init__(self, title: str, calls: list[Choice], output: Any) -> None:
+        self.title = title
+        self.calls = calls
+        self.output = output
+
+    @property
+    def backends(self) -> set[str]:
+        """The backends that ran."""
+        return {choice.backend for choice in self.calls}
+
+    def __repr__(self) -> str:
+        count = len(self.calls)
+        lines = [f"{self.title}: {count} operator call{'' if count == 1 else 's'}"]
+        repeats: dict[str, int] = {}
+        for choice in self.calls:
+            text = f"  {describe(choice.call)} -> {choice.backend}"
+            text += "".join(f"\n    not {name}: {reason}" for name, reason in choice.passed_over.items())
+            repeats[text] = repeats.get(text, 0) + 1
+        for text, times in repeats.items():
+            first, *rest = text.split("\n")
+            lines += [first + (f" (x{times})" if times > 1 else ""), *rest]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run a module or any callable and say which backend ran each operator call, and why not the others.
+
+    >>> print(fusedseq.explain(model, x))
+    """
+    with record() as ran:
+        output = function(*args, **kwargs)
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    return Report(name, ran, output)

@@ -1,0 +1,1 @@
+"""Triton kernels of the GPU backend; they import nothing from the layers above."""

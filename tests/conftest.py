@@ -1,0 +1,40 @@
+"""What every test runs under: poisoned uninitialised memory, two threads, and a record of what truly ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# (cell, backend, dtype) of every parity check that passed on the backend that it named.
+Ran = set[tuple[str, str, torch.dtype]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "last: runs after every other test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, so that whoever reads before writing is found out."""
+    # Only warn: on a GPU some of torch's own operations, which serve as peers, have no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan().item()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ran() -> Ran:
+    return set()
