@@ -59,7 +59,11 @@ FSQ_INLINE V sigmoid(V x) {
   V n;
   const V e = expm1_reduced(a, n);
   const V t = scale2(e + one, n);
-  return (x < zero ? t : one) / (one + t);
+  const V top = x < zero ? t : one;
+  const V r = top / (one + t);
+  // One step of residual correction: 1 + t is rounded, and the quotient again. 1 / (1 + t) is r or 1 - r.
+  const V rest = fma(-r, t, top - r);
+  return fma(rest, x < zero ? one - r : r, r);
 }
 
 // tanh(x) = m / (m + 2) with m = e^2|x| - 1.
@@ -74,7 +78,11 @@ FSQ_INLINE V tanh(V x) {
   const V e = expm1_reduced(y, n);
   const V s = pow2(n);
   const V m = fma(s, e, s - Num<V>::c(S(1)));
-  const V r = m / (m + two);
+  const V d = m + two;
+  V r = m / d;
+  // What the quotient lost in rounding, and d where it shows (m < 2, r < 1/2), put back. 1 / d is (1 - r) / 2.
+  const V half = Num<V>::c(S(0.5)), lost = m < two ? m - (d - two) : zero;
+  r = fma(fma(-r, lost, fma(-r, d, m)), fma(-half, r, half), r);
   return x < zero ? -r : x == zero ? x : r;  // keeps -0
 }
 
