@@ -35,34 +35,34 @@ struct ScanParams {
   DType dtype;  // of x, states, weights and outputs; half types compute in float32, reserve is float32
   int threads;
   int64_t T, B, I, H, R, D;
-  Rows x;                                // [T,B,I]
-  const void* h0;                        // [D,B,R] dense, or null: zeros
-  const void* c0;                        // [D,B,H] dense, or null: zeros
-  const void* w_ih[kMaxDirections];      // [G*H, I] dense
-  const void* w_hh[kMaxDirections];      // [G*H, R] dense
-  const void* b_ih[kMaxDirections];      // [G*H] or null
-  const void* b_hh[kMaxDirections];      // [G*H] or null
-  const void* w_hr[kMaxDirections];      // [R, H] dense or null (then R == H)
-  const int64_t* lengths;                // [B] or null
-  const int64_t* batch_sizes;            // [T] or null; excludes lengths
-  Rows resets;                           // bool [T,B], data may be null
-  Rows y;                                // [T,B,D*R]; rows past a length are left untouched
-  Rows c_all;                            // [T,B,D*H], data may be null
-  void* h_n;                             // [D,B,R] dense
-  void* c_n;                             // [D,B,H] dense, LSTM only
-  void* reserve;                         // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
+  Rows x;                            // [T,B,I]
+  const void* h0;                    // [D,B,R] dense, or null: zeros
+  const void* c0;                    // [D,B,H] dense, or null: zeros
+  const void* w_ih[kMaxDirections];  // [G*H, I] dense
+  const void* w_hh[kMaxDirections];  // [G*H, R] dense
+  const void* b_ih[kMaxDirections];  // [G*H] or null
+  const void* b_hh[kMaxDirections];  // [G*H] or null
+  const void* w_hr[kMaxDirections];  // [R, H] dense or null (then R == H)
+  const int64_t* lengths;            // [B] or null
+  const int64_t* batch_sizes;        // [T] or null; excludes lengths
+  Rows resets;                       // bool [T,B], data may be null
+  Rows y;                            // [T,B,D*R]; rows past a length are left untouched
+  Rows c_all;                        // [T,B,D*H], data may be null
+  void* h_n;                         // [D,B,R] dense
+  void* c_n;                         // [D,B,H] dense, LSTM only
+  void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
 };
 
 // The backward of the same call. Gradients that come in may be null (zero); those that go out may be null (unwanted).
 struct ScanGradParams {
-  ScanParams fwd;             // as given to forward; y and reserve as forward left them
-  Rows dy;                    // [T,B,D*R] or null
-  Rows dc_all;                // [T,B,D*H] or null
-  const void* dh_n;           // [D,B,R] dense or null
-  const void* dc_n;           // [D,B,H] dense or null
-  Rows dx;                    // [T,B,I]; rows past a length are left untouched
-  void* dh0;                  // [D,B,R]
-  void* dc0;                  // [D,B,H], LSTM only
+  ScanParams fwd;               // as given to forward; y and reserve as forward left them
+  Rows dy;                      // [T,B,D*R] or null
+  Rows dc_all;                  // [T,B,D*H] or null
+  const void* dh_n;             // [D,B,R] dense or null
+  const void* dc_n;             // [D,B,H] dense or null
+  Rows dx;                      // [T,B,I]; rows past a length are left untouched
+  void* dh0;                    // [D,B,R]
+  void* dc0;                    // [D,B,H], LSTM only
   void* dw_ih[kMaxDirections];  // compute type, like the weight; all of a direction or none
   void* dw_hh[kMaxDirections];
   void* db_ih[kMaxDirections];

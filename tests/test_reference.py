@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from fusedseq.testing.cases import CELLS, COMPACT, FULL
 
 F64 = torch.float64
 TEXTS = [text for text in (COMPACT + FULL).split() if not text.startswith("T4096")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny products: on a busy machine a second thread makes them ten times slower."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
 
 
 def all_cases() -> list[Case]:

@@ -64,7 +64,8 @@ void weights(const py::tuple& all, T* (&w_ih)[2], T* (&w_hh)[2], T* (&b_ih)[2], 
 ScanParams scan_params(int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
                        const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
                        const py::handle& batch_sizes, const py::handle& resets, const py::handle& y,
-                       const py::handle& c_all, const py::handle& h_n, const py::handle& c_n, const py::handle& reserve) {
+                       const py::handle& c_all, const py::handle& h_n, const py::handle& c_n,
+                       const py::handle& reserve) {
   ScanParams p{};
   p.cell = Cell(cell);
   p.dtype = DType(dtype);
@@ -111,7 +112,8 @@ void scan_backward(int cell, int dtype, int threads, const py::tuple& sizes, con
                    const py::handle& dh0, const py::handle& dc0, const py::tuple& dw) {
   const py::none none;
   ScanGradParams p{};
-  p.fwd = scan_params(cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, none, none, none, reserve);
+  p.fwd = scan_params(cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, none, none, none,
+                      reserve);
   p.dy = rows(dy);
   p.dc_all = rows(dc_all);
   p.dh_n = pointer(dh_n);
@@ -130,7 +132,8 @@ void apply_math(int which, int dtype, uintptr_t x, uintptr_t y, int64_t n) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Fused sequence kernels for the CPU. Takes addresses, sizes and strides; fusedseq.backends.cpu is its caller.";
+  m.doc() =
+      "Fused sequence kernels for the CPU. Takes addresses, sizes and strides; fusedseq.backends.cpu is its caller.";
   int count;
   const CpuTable* const* available = cpu_tables(&count);
   active = available[count - 1];

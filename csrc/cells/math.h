@@ -1,8 +1,9 @@
 // Nonlinearities, generic over the value type: `float` and `double` on a device, SIMD vectors on a CPU.
 //
 // A value type V supplies fma(a, b, c), round_even(a), pow2(n), scale2(a, n), and Num<V>, declared before this file is
-// read (vector types have no namespace to be looked up in); everything else is written once here. Both functions are within 2 ulp in float32 over the whole range (tests/test_math.py
-// measures every float), exact at +-inf, and NaN passes through.
+// read (vector types have no namespace to be looked up in); everything else is written once here. Both functions are
+// within 2 ulp in float32 over the whole range (tests/test_math.py measures every float), exact at +-inf, and NaN
+// passes through.
 //
 // exp(x) = 2^n e^r with r = x - n ln 2 in two pieces (Cody & Waite); e^r - 1 = r + r^2 q(r), so that no digit is
 // lost near 0. q: minimax fit of degree 4 for float (0.13 ulp), Taylor of degree 11 for double.
@@ -28,8 +29,8 @@ struct ExpConst<float> {
 template <>
 struct ExpConst<double> {
   static constexpr int kDegree = 11;
-  static constexpr double q[kDegree + 1] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,
-                                            1.0 / 720,       1.0 / 5040,       1.0 / 40320,      1.0 / 362880,
+  static constexpr double q[kDegree + 1] = {1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,
+                                            1.0 / 720,       1.0 / 5040,       1.0 / 40320,       1.0 / 362880,
                                             1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_hi = 0x1.62e42fee00000p-1, ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double exp_floor = -746.0;

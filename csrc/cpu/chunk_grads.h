@@ -186,11 +186,14 @@ class ChunkGrads {
       const Range r = split(columns.size(), int(t), int(tiles));
       S* a = scratch + r.begin * rows;
       const S* from = left + columns.begin + r.begin;
-      for (int64_t k = 0; k < rows; ++k) store_n(a + k * r.size(), load_n(from + k * pitch, r.size()), r.size());
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t i = 0; i < r.size(); i += L)
+          store_n(a + k * r.size() + i, load_n(from + k * pitch + i, r.size() - i), r.size() - i);
     }
     for (const Right* right = rights; right != rights + count; ++right)
       for_panels(0, padded(right->width) / L, kMaxPanel, [&](int64_t v, int u) {
-        for (int64_t t = 0; t < tiles; ++t) outer_tile(*right, split(columns.size(), int(t), int(tiles)), rows, v, u, first, scratch);
+        for (int64_t t = 0; t < tiles; ++t)
+          outer_tile(*right, split(columns.size(), int(t), int(tiles)), rows, v, u, first, scratch);
       });
   }
 
@@ -208,7 +211,8 @@ class ChunkGrads {
       }
   }
 
-  void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const S* dg, const S* dh) const {
+  void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const S* dg,
+                    const S* dh) const {
     const int64_t H = f.H;
     const Range mine = split(kColumns * H, s.thread, s.threads);
     // Columns [begin, end) of the gate gradients with the rows of dw_ih and dw_hh they belong to, -1 for none.
@@ -243,9 +247,15 @@ class ChunkGrads {
   void bias_grads(const Share& s, const Work& w, int64_t rows, bool first, const S* dg) const {
     const Range mine = split((kColumns * f.H + L - 1) / L, s.thread, s.threads);
     for (int64_t v = mine.begin; v < mine.end; ++v) {
-      V sum = first ? V{} : load(w.db + v * L);
-      for (int64_t k = 0; k < rows; ++k) sum = sum + load(dg + k * gate_pitch() + v * L);
-      store(w.db + v * L, sum);
+      // Four chains, and each chunk summed on its own: faster, and closer to the truth over long sequences.
+      V sum[4] = {};
+      const S* column = dg + v * L;
+      int64_t k = 0;
+      for (; k + 4 <= rows; k += 4)
+        for (int i = 0; i < 4; ++i) sum[i] = sum[i] + load(column + (k + i) * gate_pitch());
+      for (; k < rows; ++k) sum[0] = sum[0] + load(column + k * gate_pitch());
+      const V chunk = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      store(w.db + v * L, first ? chunk : load(w.db + v * L) + chunk);
     }
   }
 
@@ -254,8 +264,8 @@ class ChunkGrads {
     const Range mine = split(rows, s.thread, s.threads);
     alignas(64) const S zero[kMaxPanel * L] = {};
     for_panels(0, pitch / L, kMaxPanel, [&](int64_t v, int u) {
-      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, w.w_ih + v * L * G * f.H, u, zero,
-                     0, w.dx + mine.begin * pitch + v * L, pitch);
+      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, w.w_ih + v * L * G * f.H, u,
+                     zero, 0, w.dx + mine.begin * pitch + v * L, pitch);
     });
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t from = lay.offset(t) - row0;

@@ -72,10 +72,14 @@ FSQ_INLINE uint16_t float_to_f16(float f) {
 template <class S>
 FSQ_INLINE S load_scalar(const void* p, DType d, int64_t i) {
   switch (d) {
-    case DType::f32: return S(static_cast<const float*>(p)[i]);
-    case DType::f64: return S(static_cast<const double*>(p)[i]);
-    case DType::bf16: return S(bf16_to_float(static_cast<const uint16_t*>(p)[i]));
-    default: return S(f16_to_float(static_cast<const uint16_t*>(p)[i]));
+    case DType::f32:
+      return S(static_cast<const float*>(p)[i]);
+    case DType::f64:
+      return S(static_cast<const double*>(p)[i]);
+    case DType::bf16:
+      return S(bf16_to_float(static_cast<const uint16_t*>(p)[i]));
+    default:
+      return S(f16_to_float(static_cast<const uint16_t*>(p)[i]));
   }
 }
 
@@ -117,7 +121,8 @@ FSQ_INLINE void store_as(void* p, DType d, int64_t i, Vec<S> v, int64_t n) {
       const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
       const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
       const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-      raw = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
+      raw = _mm512_cvtepi32_epi16(
+          _mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000)), 16));
 #endif
     }
     _mm256_mask_storeu_epi16(h, __mmask16((1u << m) - 1), raw);

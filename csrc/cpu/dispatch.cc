@@ -3,9 +3,9 @@
 
 namespace fusedseq {
 
-#define FSQ_ROW(isa)            \
-  namespace isa {               \
-  extern const CpuTable table;  \
+#define FSQ_ROW(isa)           \
+  namespace isa {              \
+  extern const CpuTable table; \
   }
 FSQ_ROW(baseline)
 #if defined(FSQ_HAVE_AVX2)

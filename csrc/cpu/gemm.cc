@@ -42,10 +42,14 @@ static void tile_of_height(const Tile<S>& t) {
 template <class S>
 void multiply(const Tile<S>& t) {
   switch (t.nv) {
-    case 1: return tile_of_height<S, 1, tile_rows(1)>(t);
-    case 2: return tile_of_height<S, 2, tile_rows(2)>(t);
-    case 3: return tile_of_height<S, 3, tile_rows(3)>(t);
-    default: return tile_of_height<S, 4, tile_rows(4)>(t);
+    case 1:
+      return tile_of_height<S, 1, tile_rows(1)>(t);
+    case 2:
+      return tile_of_height<S, 2, tile_rows(2)>(t);
+    case 3:
+      return tile_of_height<S, 3, tile_rows(3)>(t);
+    default:
+      return tile_of_height<S, 4, tile_rows(4)>(t);
   }
 }
 
@@ -111,7 +115,8 @@ void pack_gates(S* dst, int ng, int u, const void* w, DType dtype, int gate0, in
   for (int g = 0; g < ng; ++g)
     for (int i = 0; i < u; ++i) {
       const int64_t unit = unit0 + i * L;
-      pack_transposed<S>(dst + (g * u + i) * L, ng * u * L, w, dtype, (gate0 + g) * H + unit, min64(L, max64(0, H - unit)), K);
+      pack_transposed<S>(dst + (g * u + i) * L, ng * u * L, w, dtype, (gate0 + g) * H + unit,
+                         min64(L, max64(0, H - unit)), K);
     }
 }
 

@@ -61,8 +61,8 @@ template <class S>
 void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int nv, const S* in, int64_t in_pitch,
                     S* c, int64_t ldc);
 
-// A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past H
-// are zero.
+// A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past
+// H are zero.
 template <class S>
 void pack_gates(S* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0, int64_t K);
 

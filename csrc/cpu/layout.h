@@ -1,8 +1,8 @@
 // Which rows are alive at a time step and where they lie.
 //
 // Inside a scan, rows are sorted by length, longest first: at time t the rows 0..alive(t) are live and the row (t, j)
-// has the number offset(t) + j in dense buffers. That is PackedSequence's order, so packed input needs no copy, a padded
-// batch with lengths costs a permutation, and a padded batch is the case where all lengths are T.
+// has the number offset(t) + j in dense buffers. That is PackedSequence's order, so packed input needs no copy, a
+// padded batch with lengths costs a permutation, and a padded batch is the case where all lengths are T.
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
@@ -77,10 +77,10 @@ class Layout {
 // range of unit vectors. Teams never wait for each other within a time step.
 struct Share {
   bool idle;
-  int group, groups;       // direction d belongs to group d % groups
-  int thread, threads;     // within the group
-  int team, teams;         // row range
-  int slice, slices;       // unit range; threads of a team
+  int group, groups;    // direction d belongs to group d % groups
+  int thread, threads;  // within the group
+  int team, teams;      // row range
+  int slice, slices;    // unit range; threads of a team
   Range rows, vectors;
 };
 
@@ -102,8 +102,8 @@ FSQ_INLINE Share plan(int thread, int threads, int64_t directions, int64_t rows,
       const int64_t from_l2 = v * gates * K * vector_bytes <= 768 * 1024 ? 2 : 4;  // cycles to load a vector of weights
       const int64_t per_k = max64(r, tiles * from_l2) * gates + r;
       int64_t cycles = (per_k * K + r * 100) * v;
-      cycles += slices > 1 ? 700 : 0;                                          // the barrier
-      cycles += slices * teams > 1 ? 20000 / max64(steps, 1) : 0;              // waking the pool
+      cycles += slices > 1 ? 700 : 0;                              // the barrier
+      cycles += slices * teams > 1 ? 20000 / max64(steps, 1) : 0;  // waking the pool
       if (best < 0 || cycles < best) {
         best = cycles;
         s.slices = slices;

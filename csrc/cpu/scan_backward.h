@@ -163,7 +163,8 @@ class BackwardScan {
     bool reverse;
   };
 
-  // Gate gradients of step t from those of the step after it. Rows that begin after t hand their state's gradient to dh0.
+  // Gate gradients of step t from those of the step after it. Rows that begin after t hand their state's gradient to
+  // dh0.
   void step(const Share& s, const Work& w, const Moment& at, S* dg, const S* next, S* dh_rows, Barrier& team) {
     const int64_t alive = lay.alive(at.t), from_later = lay.alive(at.later);
     const int64_t j0 = s.rows.begin, j1 = min64(s.rows.end, max64(alive, from_later));
@@ -280,7 +281,8 @@ class BackwardScan {
   }
 
   // LSTM with projection: the gradient of h (R wide) through W_hr to that of o tanh(c).
-  void through_projection(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg, const S* dh_rows) {
+  void through_projection(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg,
+                          const S* dh_rows) {
     alignas(64) const S zero[kMaxPanel * L] = {};
     for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
       for_row_tiles(n, u, [&](int64_t r, int m) {
@@ -288,7 +290,8 @@ class BackwardScan {
         const int64_t j = j0 + r;
         multiply(Tile<S>{m, u, dh_rows + j * hp(), hp(), 1, w.w_hr + v * L * f.R, f.R, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i)
-          for (int k = 0; k < u; ++k) cell(w, at, j + i, (v + k) * L, load(sums + (i * u + k) * L), dg + (j + i) * gp());
+          for (int k = 0; k < u; ++k)
+            cell(w, at, j + i, (v + k) * L, load(sums + (i * u + k) * L), dg + (j + i) * gp());
       });
     });
   }

@@ -204,9 +204,7 @@ class ForwardScan {
     return o;
   }
   int64_t reserve_rows() const { return p.batch_sizes ? lay.total() : p.T * p.B; }
-  void save(const Out& o, int slot, int64_t unit, V v) const {
-    store_n(o.saved + slot * p.H + unit, v, p.H - unit);
-  }
+  void save(const Out& o, int slot, int64_t unit, V v) const { store_n(o.saved + slot * p.H + unit, v, p.H - unit); }
   void emit(const Out& o, S* h_next, int64_t unit, V h) const {
     store(h_next + unit, o.next ? V{} : h);
     store_as<S>(p.y.data, p.dtype, o.y + unit, h, p.R - unit);
@@ -259,8 +257,8 @@ class ForwardScan {
 
   // The cell of one row over one unit vector; `sums` holds its gates, `pitch` apart.
   template <class Blk>
-  inline __attribute__((always_inline)) void cell(const Work& w, const Out& o, int64_t j, int64_t unit, const S* sums, int64_t pitch, const S* gx,
-                       const S* h, S* h_next) const {
+  inline __attribute__((always_inline)) void cell(const Work& w, const Out& o, int64_t j, int64_t unit, const S* sums,
+                                                  int64_t pitch, const S* gx, const S* h, S* h_next) const {
     S* next = h_next + j * hp();
     if constexpr (C == Cell::lstm) {
       S* const cell = w.c + j * cp() + unit;

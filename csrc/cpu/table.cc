@@ -7,19 +7,27 @@ namespace FSQ_ISA {
 
 static Status forward(const ScanParams& p) {
   switch (p.cell) {
-    case Cell::lstm: return lstm_forward(p);
-    case Cell::gru: return gru_forward(p);
-    case Cell::gru_reset_before: return gru_reset_before_forward(p);
-    default: return rnn_forward(p);
+    case Cell::lstm:
+      return lstm_forward(p);
+    case Cell::gru:
+      return gru_forward(p);
+    case Cell::gru_reset_before:
+      return gru_reset_before_forward(p);
+    default:
+      return rnn_forward(p);
   }
 }
 
 static Status backward(const ScanGradParams& p) {
   switch (p.fwd.cell) {
-    case Cell::lstm: return lstm_backward(p);
-    case Cell::gru: return gru_backward(p);
-    case Cell::gru_reset_before: return gru_reset_before_backward(p);
-    default: return rnn_backward(p);
+    case Cell::lstm:
+      return lstm_backward(p);
+    case Cell::gru:
+      return gru_backward(p);
+    case Cell::gru_reset_before:
+      return gru_reset_before_backward(p);
+    default:
+      return rnn_backward(p);
   }
 }
 

@@ -10,8 +10,8 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// A block of NG gates from gate0 on, held together in one tile over up to UMAX unit vectors. With two blocks (a GRU that
-// resets before the product) a step has two phases.
+// A block of NG gates from gate0 on, held together in one tile over up to UMAX unit vectors. With two blocks (a GRU
+// that resets before the product) a step has two phases.
 template <int GATE0, int NG, int UMAX>
 struct Block {
   static constexpr int gate0 = GATE0, gates = NG, units = UMAX;

@@ -60,9 +60,9 @@ def _rows(x: Tensor | None, packed: bool, batch_first: bool) -> tuple[int, int, 
     return (x.data_ptr(), stride[1], stride[0]) if batch_first else (x.data_ptr(), stride[0], stride[1])
 
 
-def _dense_rows(x: Tensor | None) -> Tensor | None:
+def _dense_rows(x: Tensor) -> Tensor:
     """x with a dense last dimension; anything may be broadcast or strided before it."""
-    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -132,7 +132,7 @@ def scan_forward(
         _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _rows(c_all, packed, batch_first), _pointer(h_n), _pointer(c_n),
-        _pointer(reserve) if save and reserve.numel() else None,
+        _pointer(reserve),
     )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
 
@@ -161,7 +161,8 @@ def scan_backward(
     packed = batch_sizes is not None
     sizes = _sizes(cell, x, h0, weights, directions, batch_first, batch_sizes)
     _, batch, _, hidden, state, _ = sizes
-    x, y, dy, dc_all = (_dense_rows(t) for t in (x, y, dy, dc_all))
+    x, y = _dense_rows(x), _dense_rows(y)
+    dy, dc_all = (None if g is None else _dense_rows(g) for g in (dy, dc_all))
     weights = _dense(weights)
     h0, c0, dh_n, dc_n = (None if s is None else s.contiguous() for s in (h0, c0, dh_n, dc_n))
     make = torch.empty if lengths is None else torch.zeros
@@ -173,7 +174,7 @@ def scan_backward(
     _core.scan_backward(
         _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
-        _rows(y, packed, batch_first), _pointer(reserve) if reserve.numel() else None,
+        _rows(y, packed, batch_first), _pointer(reserve),
         _rows(dy, packed, batch_first), _rows(dc_all, packed, batch_first), _pointer(dh_n), _pointer(dc_n),
         _rows(dx, packed, batch_first), _pointer(dh0), _pointer(dc0),
         _weights(dweights, directions) if need_dw else (),
