@@ -1,7 +1,10 @@
 // Nonlinearities, generic over the value type: `float` and `double` on a device, SIMD vectors on a CPU.
 //
-// A value type V supplies fma(a, b, c), round_even(a), pow2(n), scale2(a, n), and Num<V>, declared before this file is
-// read (vector types have no namespace to be looked up in); everything else is written once here. Both functions are
+// A value type V supplies, declared before this file is read (vector types have no namespace to be looked up in):
+//   fma(a, b, c); round_even(a); pow2(n) = 2^n; scale2(a, n) = a 2^n with gradual underflow; Num<V>
+//   reciprocal(a): 1 / a to 14 bits or more, as a residual correction follows; quotient(a, d, l) = a / (d + l), |l| << d
+//   negative_abs(a) = -|a|; at_least(low, a) = max(low, a), NaN if a is; with_sign(a, b) = a >= 0 with the sign of b
+// Everything else is written once here. Both functions are
 // within 2 ulp in float32 over the whole range (tests/test_math.py measures every float), exact at +-inf, and NaN
 // passes through.
 //
@@ -54,37 +57,28 @@ FSQ_INLINE V expm1_reduced(V x, V& n) {
 template <class V>
 FSQ_INLINE V sigmoid(V x) {
   typedef typename Num<V>::Scalar S;
-  const V zero = Num<V>::c(S(0)), one = Num<V>::c(S(1)), floor = Num<V>::c(ExpConst<S>::exp_floor);
-  V a = x < zero ? x : -x;
-  a = a < floor ? floor : a;  // a NaN stays
+  const V zero = Num<V>::c(S(0)), one = Num<V>::c(S(1));
   V n;
-  const V e = expm1_reduced(a, n);
+  const V e = expm1_reduced(at_least(ExpConst<S>::exp_floor, negative_abs(x)), n);
   const V t = scale2(e + one, n);
   const V top = x < zero ? t : one;
-  const V r = top / (one + t);
-  // One step of residual correction: 1 + t is rounded, and the quotient again. 1 / (1 + t) is r or 1 - r.
-  const V rest = fma(-r, t, top - r);
-  return fma(rest, x < zero ? one - r : r, r);
+  const V y = reciprocal(one + t);
+  const V r = top * y;
+  return fma(fma(-r, t, top - r), y, r);  // top - r (1 + t), with 1 + t unrounded
 }
 
 // tanh(x) = m / (m + 2) with m = e^2|x| - 1.
 template <class V>
 FSQ_INLINE V tanh(V x) {
   typedef typename Num<V>::Scalar S;
-  const V zero = Num<V>::c(S(0)), two = Num<V>::c(S(2)), ceil = Num<V>::c(ExpConst<S>::tanh_ceil);
-  const V a = x < zero ? -x : x;
-  V y = a + a;
-  y = y > ceil ? ceil : y;
+  const V zero = Num<V>::c(S(0)), two = Num<V>::c(S(2));
   V n;
-  const V e = expm1_reduced(y, n);
+  const V e = expm1_reduced(-at_least(-ExpConst<S>::tanh_ceil, two * negative_abs(x)), n);
   const V s = pow2(n);
   const V m = fma(s, e, s - Num<V>::c(S(1)));
   const V d = m + two;
-  V r = m / d;
-  // What the quotient lost in rounding, and d where it shows (m < 2, r < 1/2), put back. 1 / d is (1 - r) / 2.
-  const V half = Num<V>::c(S(0.5)), lost = m < two ? m - (d - two) : zero;
-  r = fma(fma(-r, lost, fma(-r, d, m)), fma(-half, r, half), r);
-  return x < zero ? -r : x == zero ? x : r;  // keeps -0
+  const V lost = m < two ? m - (d - two) : zero;  // by d in rounding, where it shows (r < 1/2)
+  return with_sign(quotient(m, d, lost), x);
 }
 
 // The nonlinearities a cell is written in; tests pass linear ones.

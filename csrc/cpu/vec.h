@@ -7,6 +7,8 @@
 #include <string.h>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cells/value.h"
@@ -72,6 +74,9 @@ FSQ_INLINE VecD pow2(VecD n) { return scale2(Num<VecD>::c(1.0), n); }
 #if defined(__FMA__)
 FSQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 FSQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+FSQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return vfmaq_f32(c, a, b); }
+FSQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return vfmaq_f64(c, a, b); }
 #else
 FSQ_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 FSQ_INLINE VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
@@ -94,6 +99,47 @@ FSQ_INLINE V scale2(V a, V n) {
   return a * pow2(half) * pow2(n - half);
 }
 #endif
+
+// Sign bits by integer operations; the all-zero vector with only its sign bits set is -0.
+template <class S>
+FSQ_INLINE typename VecOf<S>::bits sign_bits() {
+  typedef typename VecOf<S>::bits B;
+  return (B)Num<Vec<S>>::c(S(-0.0));
+}
+template <class V>
+FSQ_INLINE V negative_abs(V a) {
+  typedef typename VecOf<typename Num<V>::Scalar>::bits B;
+  return (V)((B)a | sign_bits<typename Num<V>::Scalar>());
+}
+template <class V>
+FSQ_INLINE V with_sign(V a, V b) {
+  typedef typename VecOf<typename Num<V>::Scalar>::bits B;
+  return (V)((B)a | ((B)b & sign_bits<typename Num<V>::Scalar>()));
+}
+// The hardware's maximum gives its second operand if either is NaN.
+#if defined(__AVX512F__)
+FSQ_INLINE VecF at_least(float low, VecF a) { return _mm512_max_ps(Num<VecF>::c(low), a); }
+FSQ_INLINE VecD at_least(double low, VecD a) { return _mm512_max_pd(Num<VecD>::c(low), a); }
+FSQ_INLINE VecF reciprocal(VecF a) { return _mm512_rcp14_ps(a); }
+#else
+template <class V>
+FSQ_INLINE V at_least(typename Num<V>::Scalar low, V a) {
+  const V bound = Num<V>::c(low);
+  return bound > a ? bound : a;
+}
+FSQ_INLINE VecF reciprocal(VecF a) { return Num<VecF>::c(1.0f) / a; }
+#endif
+FSQ_INLINE VecD reciprocal(VecD a) { return Num<VecD>::c(1.0) / a; }
+template <class V>
+FSQ_INLINE V quotient(V a, V d, V l) {
+#if defined(__FMA__) || defined(__aarch64__)
+  const V y = reciprocal(d), r = a * y;
+  return fma(fma(-r, l, fma(-r, d, a)), y, r);
+#else  // a residual needs a fused multiply-add
+  const V r = a / d;
+  return r - r * l / d;
+#endif
+}
 
 template <class S>
 FSQ_INLINE Vec<S> load(const S* p) {

@@ -105,8 +105,11 @@ def _initial(state: Tensor | None, D: int, B: int, S: int, like: Tensor) -> Tens
     return like.new_zeros(D, B, S) if state is None else state.to(like.dtype)
 
 
-def _step(cell: str, gx: Tensor, h: Tensor, c: Tensor | None, w: _Weights) -> tuple[Tensor, Tensor | None, tuple]:
+def _step(
+    cell: str, gx: Tensor, h: Tensor, c: Tensor | None, w: _Weights
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:  # h [B, R], c [B, H], saved
     if cell == "lstm":
+        assert c is not None
         return lstm.step(gx, h, c, w.w_hh, w.b_hh, w.w_hr)
     if cell == "gru":
         h, saved = gru.step(gx, h, w.w_hh, w.b_hh)
@@ -140,7 +143,7 @@ def _walk(
         # A row that has ended, or in reverse has not begun, carries its state along unchanged.
         h = h_new if live is None else torch.where(live[t], h_new, h)
         ys.append(h)
-        if c_new is not None:
+        if c is not None and c_new is not None:
             c = c_new if live is None else torch.where(live[t], c_new, c)
             cs.append(c)
         steps.append(_Step(h_in, c_in, saved))
@@ -225,7 +228,7 @@ def forward(
     h_n = torch.stack([r.h for r in runs]).to(x.dtype)
     if p.c0 is None:
         return y, h_n, None, None
-    c_n = torch.stack([r.c for r in runs]).to(x.dtype)
+    c_n = torch.stack([r.c for r in runs if r.c is not None]).to(x.dtype)
     c_all = _stack([r.cs for r in runs], p.layout, p.x, p.c0.shape[2]).to(x.dtype) if cells else None
     return y, h_n, c_n, c_all
 
@@ -243,6 +246,7 @@ def _step_backward(
     cell: str, dh: Tensor, dc: Tensor | None, step: _Step, w: _Weights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # dgx, dgh [B, G*H], dh [B, R], dc [B, H]
     if cell == "lstm":
+        assert dc is not None and step.c is not None and len(step.saved) == 5
         dgates, dh, dc = lstm.step_backward(dh, dc, step.saved, step.c, w.w_hh, w.w_hr)
         return dgates, dgates, dh, dc
     if cell == "gru":
@@ -296,7 +300,8 @@ def _walk_backward(
     dhs: list[Tensor] = [dh] * T
     for t in range(T) if d == 1 else reversed(range(T)):
         dh = dh + dy[t]
-        dc = dc if dc_all is None else dc + dc_all[t]
+        if dc is not None and dc_all is not None:
+            dc = dc + dc_all[t]
         dh_old, dc_old = None, None
         if live is not None:
             # What belongs to a row that took no step here goes straight to the step before.
@@ -309,7 +314,8 @@ def _walk_backward(
             dh = dh.masked_fill(p.resets[t], 0.0)
             dc = None if dc is None else dc.masked_fill(p.resets[t], 0.0)
         dh = dh if dh_old is None else dh + dh_old
-        dc = dc if dc_old is None else dc + dc_old
+        if dc is not None and dc_old is not None:
+            dc = dc + dc_old
     dense = torch.stack(dgx) if T else p.x.new_zeros(0, p.layout.B, w.w_hh.shape[0])
     return _Grads(dense, dh, dc, _weight_grads(cell, p.x, steps, dgx, dgh, dhs, w))
 
@@ -347,13 +353,16 @@ def backward(
     zeros = p.x.new_zeros(p.layout.T, B, R)
     dys = [zeros] * D if dy is None else dense(dy, R)
     dhs = torch.zeros_like(p.h0) if dh_n is None else dh_n.to(dtype)
-    dcs, dcells = [None] * D, [None] * D
+    dcs: Sequence[Tensor | None] = [None] * D
+    dcells: Sequence[Tensor | None] = [None] * D
     if p.c0 is not None:
-        dcs = torch.zeros_like(p.c0) if dc_n is None else dc_n.to(dtype)
-        dcells = [None] * D if dc_all is None else dense(dc_all, p.c0.shape[2])
+        dcs = (torch.zeros_like(p.c0) if dc_n is None else dc_n.to(dtype)).unbind(0)
+        if dc_all is not None:
+            dcells = dense(dc_all, p.c0.shape[2])
     grads = [_walk_backward(cell, p, d, dys[d], dhs[d], dcs[d], dcells[d]) for d in range(D)]
 
-    dx = p.layout.unpad(sum(g.dgx @ w.w_ih for g, w in zip(grads, p.weights, strict=True)))
+    dxs = (g.dgx @ w.w_ih for g, w in zip(grads, p.weights, strict=True))
+    dx = p.layout.unpad(sum(dxs, p.x.new_zeros(())))
     dh0 = torch.stack([g.dh0 for g in grads])
-    dc0 = None if p.c0 is None else torch.stack([g.dc0 for g in grads]).to(x.dtype)
+    dc0 = None if p.c0 is None else torch.stack([g.dc0 for g in grads if g.dc0 is not None]).to(x.dtype)
     return dx.to(x.dtype), dh0.to(x.dtype), dc0, [w.to(x.dtype) for g in grads for w in g.dweights]

@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,9 +115,12 @@ class Case:
     def parse(cls, cell: str, text: str) -> Case:
         """Read the notation of this module; words that mean nothing to the cell are dropped."""
         sizes, *words = text.split("-")
-        T, B, I, H = map(int, re.fullmatch(r"T(\d+)B(\d+)I(\d+)H(\d+)", sizes).groups())
+        found = re.fullmatch(r"T(\d+)B(\d+)I(\d+)H(\d+)", sizes)
+        if found is None:
+            raise ValueError(f"unknown sizes {sizes!r} in the case {text!r}")
+        T, B, I, H = map(int, found.groups())
         case = cls(cell, T, B, I, H)
-        flags = {
+        flags: dict[str, dict[str, Any]] = {
             "bi": {"bidirectional": True},
             "bf": {"batch_first": True},
             "nobias": {"bias": False},
@@ -215,14 +219,14 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values, contiguous, in another dtype."""
 
-        def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().to("cpu", dtype, memory_format=torch.contiguous_format, copy=True)
+        def cast(t: Tensor) -> Tensor:
+            return t.detach().to("cpu", dtype, memory_format=torch.contiguous_format, copy=True)
 
         return replace(
             self,
             x=cast(self.x),
-            h0=cast(self.h0),
-            c0=cast(self.c0),
+            h0=None if self.h0 is None else cast(self.h0),
+            c0=None if self.c0 is None else cast(self.c0),
             weights=[cast(w) for w in self.weights],
             resets=None if self.resets is None else self.resets.cpu(),
             upstream={name: cast(g) for name, g in self.upstream.items()},

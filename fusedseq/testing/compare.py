@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,12 @@ FLOORS = {
     torch.float16: (1.0, 2.0),
 }
 
-_TORCH_OPS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+_TORCH_OPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "lstm": torch.lstm,
+    "gru": torch.gru,
+    "rnn_tanh": torch.rnn_tanh,
+    "rnn_relu": torch.rnn_relu,
+}
 
 
 def torch_has(case: Case) -> bool:
@@ -81,6 +87,7 @@ def torch_scan(
     if lengths is not None:
         packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
+        assert order is not None and back is not None
         c0 = None if c0 is None else c0.index_select(1, order)
         y, *states = run(h0.index_select(1, order), c0, packed.data, packed.batch_sizes)
         T = x.shape[1] if batch_first else x.shape[0]
@@ -93,9 +100,11 @@ def torch_scan(
     return y, states[0], states[1] if cell == "lstm" else None, None
 
 
-def naive_scan(cell: str, x: Tensor, *args: object, **options: object) -> tuple:
+def naive_scan(
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The reference with every operation rounded to the dtype of the inputs, float32 inside for none."""
-    return reference.forward(cell, x, *args, compute_dtype=x.dtype, **options)
+    return reference.forward(cell, x, h0, c0, weights, compute_dtype=x.dtype, **options)
 
 
 def evaluate(scan: Scan, inputs: Inputs, only: Sequence[str] | None = None) -> Outcome:
@@ -110,8 +119,9 @@ def evaluate(scan: Scan, inputs: Inputs, only: Sequence[str] | None = None) -> O
     results = scan(
         inputs.case.cell, leaves["x"], leaves.get("h0"), leaves.get("c0"), weights, **inputs.keywords()
     )  # fmt: skip
-    outputs = dict(zip(("y", "h_n", "c_n", "c_all"), results, strict=True))
-    missing = [name for name, t in outputs.items() if (t is None) == (name in inputs.upstream)]
+    named_results = zip(("y", "h_n", "c_n", "c_all"), results, strict=True)
+    outputs = {name: t for name, t in named_results if t is not None}
+    missing = sorted(outputs.keys() ^ inputs.upstream.keys())
     assert not missing, f"outputs that are None and should not be, or the reverse: {missing}"
     names = list(inputs.upstream) if only is None else list(only)
     # Nothing depends on anything at T = 0 or B = 0 in places, and torch then has no path to follow.
@@ -210,9 +220,7 @@ def _neighbours(inputs: Inputs, truth: Outcome, dtype: torch.dtype) -> Outcome:
     """The largest error of each element over a few problems close to this one, each against its own truth."""
     gen = torch.Generator().manual_seed(0)
 
-    def moved(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
+    def moved(t: Tensor) -> Tensor:
         # Far enough for every rounding to fall anew, near enough to saturate and cancel alike.
         step = 0.01 * (2 * torch.rand(t.shape, generator=gen, dtype=torch.float64) - 1)
         return (t.cpu().double() * (1 + step)).to(dtype)
@@ -222,8 +230,8 @@ def _neighbours(inputs: Inputs, truth: Outcome, dtype: torch.dtype) -> Outcome:
         other = replace(
             inputs,
             x=moved(inputs.x),
-            h0=moved(inputs.h0),
-            c0=moved(inputs.c0),
+            h0=None if inputs.h0 is None else moved(inputs.h0),
+            c0=None if inputs.c0 is None else moved(inputs.c0),
             weights=[moved(w) for w in inputs.weights],
             resets=None if inputs.resets is None else inputs.resets.cpu(),
             upstream={name: moved(g) for name, g in inputs.upstream.items()},
