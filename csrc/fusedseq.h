@@ -53,7 +53,8 @@ struct ScanParams {
   void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
 };
 
-// The backward of the same call. Gradients that come in may be null (zero); those that go out may be null (unwanted).
+// The backward of the same call. Gradients that come in may be null (zero); dx and the weights' may be
+// null (unwanted).
 struct ScanGradParams {
   ScanParams fwd;               // as given to forward; y and reserve as forward left them
   Rows dy;                      // [T,B,D*R] or null

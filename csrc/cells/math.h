@@ -2,7 +2,8 @@
 //
 // A value type V supplies, declared before this file is read (vector types have no namespace to be looked up in):
 //   fma(a, b, c); round_even(a); pow2(n) = 2^n; scale2(a, n) = a 2^n with gradual underflow; Num<V>
-//   reciprocal(a): 1 / a to 14 bits or more, as a residual correction follows; quotient(a, d, l) = a / (d + l), |l| << d
+//   reciprocal(a): 1 / a to 14 bits or more, as a residual correction follows
+//   quotient(a, d, l) = a / (d + l) for l far below d
 //   negative_abs(a) = -|a|; at_least(low, a) = max(low, a), NaN if a is; with_sign(a, b) = a >= 0 with the sign of b
 // Everything else is written once here. Both functions are
 // within 2 ulp in float32 over the whole range (tests/test_math.py measures every float), exact at +-inf, and NaN

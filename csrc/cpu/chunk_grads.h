@@ -52,7 +52,7 @@ class ChunkGrads {
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       const int64_t v = k * kMaxPanel, vectors = padded(f.I) / L;
       const int u = int(min64(kMaxPanel, vectors - v));
-      pack_columns(work[s.group].w_ih + v * L * G * f.H, u, f.w_ih[d], f.dtype, f.I, v * L, 0, G * f.H);
+      prepare_columns(f, work[s.group].w_ih, f.w_ih[d], G * f.H, f.I, v, u);
     }
   }
 
@@ -83,15 +83,12 @@ class ChunkGrads {
 
   // Both directions' shares of dx into the user's tensor.
   void combine_dx(int thread, int count) {
-    const Range steps = split(f.T, thread, count);
-    for (int64_t t = steps.begin; t < steps.end; ++t)
-      for (int64_t j = 0; j < lay.alive(t); ++j) {
-        const S* a = dx_rows[0] + (lay.offset(t) + j) * f.I;
-        const S* b = dx_rows[1] + (lay.offset(t) + j) * f.I;
-        const int64_t at = lay.at(p.dx, t, j);
-        for (int64_t i = 0; i < f.I; i += L)
-          store_as<S>(p.dx.data, f.dtype, at + i, load_n(a + i, f.I - i) + load_n(b + i, f.I - i), f.I - i);
-      }
+    lay.for_rows(0, f.T, split(lay.total(), thread, count), [&](int64_t t, int64_t j, int64_t k) {
+      const S *a = dx_rows[0] + k * f.I, *b = dx_rows[1] + k * f.I;
+      const int64_t at = lay.at(p.dx, t, j);
+      for (int64_t i = 0; i < f.I; i += L)
+        store_as<S>(p.dx.data, f.dtype, at + i, load_n(a + i, f.I - i) + load_n(b + i, f.I - i), f.I - i);
+    });
   }
 
   bool is_first(int64_t d, int64_t t, int64_t j) const { return d == 0 ? t == 0 : t == lay.length(j) - 1; }
@@ -116,15 +113,15 @@ class ChunkGrads {
   static int64_t padded(int64_t n) { return round_up(n, L); }
   bool wanted() const { return p.dw_hh[0] != nullptr; }  // dw_ih is empty, and may be null, at I = 0
   bool projected() const { return f.w_hr[0] != nullptr; }
-  int64_t all_rows() const { return f.batch_sizes ? lay_rows() : f.T * f.B; }
-  int64_t lay_rows() const {
+  // Before the layout is filled.
+  int64_t all_rows() const {
     int64_t n = 0;
-    for (int64_t t = 0; t < f.T; ++t) n += f.batch_sizes[t];
+    for (int64_t t = 0; t < f.T; ++t) n += f.batch_sizes ? f.batch_sizes[t] : f.B;
     return n;
   }
 
   void clear(int64_t d) {
-    memset(p.dw_ih[d], 0, sizeof(S) * size_t(G * f.H * f.I));
+    if (p.dw_ih[d]) memset(p.dw_ih[d], 0, sizeof(S) * size_t(G * f.H * f.I));
     memset(p.dw_hh[d], 0, sizeof(S) * size_t(G * f.H * f.R));
     if (p.db_ih[d]) memset(p.db_ih[d], 0, sizeof(S) * size_t(G * f.H));
     if (p.db_hh[d]) memset(p.db_hh[d], 0, sizeof(S) * size_t(G * f.H));
@@ -132,7 +129,8 @@ class ChunkGrads {
   }
 
   const S* saved(int64_t d, int64_t t, int64_t j) const {
-    return static_cast<const S*>(f.reserve) + (d * all_rows() + lay.offset(t) + j) * saved_values(C) * f.H;
+    const int64_t rows = f.batch_sizes ? lay.total() : f.T * f.B;
+    return static_cast<const S*>(f.reserve) + (d * rows + lay.offset(t) + j) * saved_values(C) * f.H;
   }
 
   // A vector of row k into the panels of an operand `width` wide: panel of vector v at v * L * rows.
@@ -143,31 +141,26 @@ class ChunkGrads {
 
   // Right operands of the weight gradients, in panels: x, the states before each step, and o tanh(c) for a projection.
   void pack_right(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows) const {
-    const Range mine = split(t1 - t0, s.thread, s.threads);
-    const Range part = split(t1 - t0 == 1 ? lay.alive(t0) : 1, s.thread, s.threads);
-    const bool by_rows = t1 - t0 == 1;
-    for (int64_t t = by_rows ? t0 : t0 + mine.begin; t < (by_rows ? t1 : t0 + mine.end); ++t)
-      for (int64_t j = by_rows ? part.begin : 0; j < (by_rows ? part.end : lay.alive(t)); ++j) {
-        const int64_t k = lay.offset(t) - lay.offset(t0) + j;
-        for (int64_t v = 0; v * L < f.I; ++v)
-          store(panel_at(w.x, rows, f.I, k, v), load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
-        const Stored h = state_before(d, t, j);
-        for (int64_t v = 0; v * L < f.R; ++v) {
-          const V before = h.data ? load_as<S>(h.data, f.dtype, h.at + v * L, f.R - v * L) : V{};
-          store(panel_at(w.h, rows, f.R, k, v), before);
-          if constexpr (C == Cell::gru_reset_before)  // W_hn was multiplied with r h
-            store(panel_at(w.h + rows * padded(f.R), rows, f.R, k, v),
-                  before * load_n(saved(d, t, j) + v * L, f.H - v * L));
-        }
-        if constexpr (C == Cell::lstm) {
-          if (!projected()) continue;
-          const S* row = saved(d, t, j);
-          for (int64_t v = 0; v * L < f.H; ++v) {
-            const V o = load_n(row + 3 * f.H + v * L, f.H - v * L), c = load_n(row + 4 * f.H + v * L, f.H - v * L);
-            store(panel_at(w.m, rows, f.H, k, v), o * Activations().state(c));
-          }
+    lay.for_rows(t0, t1, split(rows, s.thread, s.threads), [&](int64_t t, int64_t j, int64_t k) {
+      for (int64_t v = 0; v * L < f.I; ++v)
+        store(panel_at(w.x, rows, f.I, k, v), load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
+      const Stored h = state_before(d, t, j);
+      for (int64_t v = 0; v * L < f.R; ++v) {
+        const V before = h.data ? load_as<S>(h.data, f.dtype, h.at + v * L, f.R - v * L) : V{};
+        store(panel_at(w.h, rows, f.R, k, v), before);
+        if constexpr (C == Cell::gru_reset_before)  // W_hn was multiplied with r h
+          store(panel_at(w.h + rows * padded(f.R), rows, f.R, k, v),
+                before * load_n(saved(d, t, j) + v * L, f.H - v * L));
+      }
+      if constexpr (C == Cell::lstm) {
+        if (!projected()) return;
+        const S* row = saved(d, t, j);
+        for (int64_t v = 0; v * L < f.H; ++v) {
+          const V o = load_n(row + 3 * f.H + v * L, f.H - v * L), c = load_n(row + 4 * f.H + v * L, f.H - v * L);
+          store(panel_at(w.m, rows, f.H, k, v), o * Activations().state(c));
         }
       }
+    });
   }
 
   // A right operand in panels and the rows of the weight gradient it gives.
@@ -199,9 +192,10 @@ class ChunkGrads {
 
   void outer_tile(const Right& right, Range r, int64_t rows, int64_t v, int u, bool first, const S* scratch) const {
     alignas(64) S sums[kMaxTile * kMaxPanel * L];
-    alignas(64) const S zero[kMaxPanel * L] = {};
+    alignas(64) static const S zero[kMaxPanel * L] = {};
     const int m = int(r.size());
-    multiply(Tile<S>{m, u, scratch + r.begin * rows, 1, m, right.panels + v * L * rows, rows, zero, 0, sums, u * L});
+    multiply(
+        Tile<S>{m, u, scratch + r.begin * rows, 1, m, right.panels + v * L * rows, u * L, rows, zero, 0, sums, u * L});
     for (int i = 0; i < m; ++i)
       for (int k = 0; k < u; ++k) {
         const int64_t c = (v + k) * L;
@@ -260,22 +254,20 @@ class ChunkGrads {
   }
 
   void input_grads(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows, const S* dg) const {
-    const int64_t pitch = padded(f.I), row0 = lay.offset(t0);
+    const int64_t pitch = padded(f.I);
     const Range mine = split(rows, s.thread, s.threads);
-    alignas(64) const S zero[kMaxPanel * L] = {};
+    alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(0, pitch / L, kMaxPanel, [&](int64_t v, int u) {
-      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, w.w_ih + v * L * G * f.H, u,
-                     zero, 0, w.dx + mine.begin * pitch + v * L, pitch);
+      const Columns<S> b = columns(f, w.w_ih, f.w_ih[d], G * f.H, f.I, v, u);
+      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, b.b, b.pitch, u, zero, 0,
+                     w.dx + mine.begin * pitch + v * L, pitch);
     });
-    for (int64_t t = t0; t < t1; ++t) {
-      const int64_t from = lay.offset(t) - row0;
-      for (int64_t k = max64(from, mine.begin); k < min64(from + lay.alive(t), mine.end); ++k) {
-        if (f.D > 1)
-          memcpy(dx_rows[d] + (row0 + k) * f.I, w.dx + k * pitch, sizeof(S) * size_t(f.I));
-        else
-          store_row<S>(p.dx.data, f.dtype, lay.at(p.dx, t, k - from), w.dx + k * pitch, f.I);
-      }
-    }
+    lay.for_rows(t0, t1, mine, [&](int64_t t, int64_t j, int64_t k) {
+      if (f.D > 1)
+        memcpy(dx_rows[d] + (lay.offset(t0) + k) * f.I, w.dx + k * pitch, sizeof(S) * size_t(f.I));
+      else
+        store_row<S>(p.dx.data, f.dtype, lay.at(p.dx, t, j), w.dx + k * pitch, f.I);
+    });
   }
 };
 

@@ -97,6 +97,14 @@ FSQ_INLINE Vec<S> load_as(const void* p, DType d, int64_t i, int64_t n) {
     return (Vec<S>)_mm512_cvtph_ps(raw);
   }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (sizeof(S) == 4 && m == 8) {
+    __m128i raw;
+    memcpy(&raw, h, sizeof raw);
+    if (d == DType::bf16) return (Vec<S>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+    return (Vec<S>)_mm256_cvtph_ps(raw);
+  }
+#endif
   if (d == DType::bf16)
     for (int64_t k = 0; k < m; ++k) tmp[k] = S(bf16_to_float(h[k]));
   else
@@ -126,6 +134,13 @@ FSQ_INLINE void store_as(void* p, DType d, int64_t i, Vec<S> v, int64_t n) {
 #endif
     }
     _mm256_mask_storeu_epi16(h, __mmask16((1u << m) - 1), raw);
+    return;
+  }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (sizeof(S) == 4 && d == DType::f16 && m == 8) {
+    const __m128i raw = _mm256_cvtps_ph((__m256)v, 0);
+    memcpy(h, &raw, sizeof raw);
     return;
   }
 #endif

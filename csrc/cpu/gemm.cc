@@ -14,9 +14,9 @@ static void tile(const Tile<S>& t) {
   for (int r = 0; r < M; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = load(t.in + r * t.in_pitch + v * L);
-  const S *a = t.a, *b = t.b, *const end = b + t.K * NV * L;
-  const int64_t row = t.row, step = t.step;
-  for (; b != end; b += NV * L, a += step) {
+  const S *a = t.a, *b = t.b;
+  const int64_t row = t.row, step = t.step, pitch = t.b_pitch;
+  for (int64_t k = t.K; k > 0; --k, b += pitch, a += step) {
     Vec<S> x[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) x[r] = splat(a[r * row]);
@@ -54,45 +54,129 @@ void multiply(const Tile<S>& t) {
 }
 
 template <class S>
-void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int nv, const S* in, int64_t in_pitch,
-                    S* c, int64_t ldc) {
+void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int64_t b_pitch, int nv, const S* in,
+                    int64_t in_pitch, S* c, int64_t ldc) {
   constexpr int64_t kBlock = 512;
   for (int64_t k = 0; k == 0 || k < K; k += kBlock) {
     for_row_tiles(rows, nv, [&](int64_t r, int m) {
-      multiply(Tile<S>{m, nv, a + r * lda + k, lda, 1, b + k * nv * kLanes<S>, min64(kBlock, K - k),
+      multiply(Tile<S>{m, nv, a + r * lda + k, lda, 1, b + k * b_pitch, b_pitch, min64(kBlock, K - k),
                        k > 0 ? c + r * ldc : in + r * in_pitch, k > 0 ? ldc : in_pitch, c + r * ldc, ldc});
     });
   }
 }
 
-// Masks of __builtin_shuffle that interleave the low (high) halves of two vectors.
-template <class S>
-struct Interleave {
-  typename VecOf<S>::bits lo, hi;
-  Interleave() {
-    constexpr int L = kLanes<S>;
-    for (int i = 0; i < L; ++i) {
-      lo[i] = i / 2 + (i % 2) * L;
-      hi[i] = lo[i] + L / 2;
-    }
-  }
-};
+// Interleaves the low (kHigh: high) halves of two vectors.
+#if defined(__clang__)
+template <class T, T... i>
+struct Lanes {};
+template <bool kHigh, class V, int... i>
+FSQ_INLINE V shuffled(V a, V b, Lanes<int, i...>) {
+  constexpr int L = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i / 2 + (i % 2) * L + kHigh * (L / 2))...);
+}
+template <bool kHigh, class S>
+FSQ_INLINE Vec<S> interleave(Vec<S> a, Vec<S> b) {
+  return shuffled<kHigh>(a, b, __make_integer_seq<Lanes, int, kLanes<S>>());
+}
+#else
+template <bool kHigh, class S>
+FSQ_INLINE Vec<S> interleave(Vec<S> a, Vec<S> b) {
+  constexpr int L = kLanes<S>;
+  typename VecOf<S>::bits from{};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) from[i] = i / 2 + (i % 2) * L + kHigh * (L / 2);
+  return __builtin_shuffle(a, b, from);
+}
+#endif
 
 // In-register transpose of kLanes rows: log2(lanes) perfect shuffles of the first half with the second.
 template <class S>
 FSQ_INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
   constexpr int L = kLanes<S>;
-  const Interleave<S> mask;
 #pragma GCC unroll 4
   for (int step = 1; step < L; step *= 2) {
     Vec<S> out[L];
 #pragma GCC unroll 8
     for (int i = 0; i < L / 2; ++i) {
-      out[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], mask.lo);
-      out[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], mask.hi);
+      out[2 * i] = interleave<false, S>(rows[i], rows[i + L / 2]);
+      out[2 * i + 1] = interleave<true, S>(rows[i], rows[i + L / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) rows[i] = out[i];
+  }
+}
+
+// The sums of kLanes vectors, in order: each step folds halves of two vectors into one.
+template <class S>
+FSQ_INLINE Vec<S> fold(Vec<S> (&v)[kLanes<S>]) {
+#pragma GCC unroll 4
+  for (int half = kLanes<S> / 2; half >= 1; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      v[i] = interleave<false, S>(v[i], v[i + half]) + interleave<true, S>(v[i], v[i + half]);
+  return v[0];
+}
+
+// M rows of a against every row of w of one unit vector, four rows of w at a time.
+template <class S, DType W, int M>
+static void dots_of_rows(const Dots<S>& d, int64_t i0) {
+  constexpr int L = kLanes<S>, kTogether = 4;
+  Vec<S> sums[M][L];
+#pragma GCC unroll 4
+  for (int j = 0; j < M; ++j)
+    for (int lane = 0; lane < L; ++lane) sums[j][lane] = Vec<S>{};
+  const S* a = d.a + i0 * d.lda;
+  for (int64_t lane = 0; lane < d.count; lane += kTogether) {
+    Vec<S> acc[kTogether][M] = {};
+    int64_t row[kTogether];
+    for (int r = 0; r < kTogether; ++r) row[r] = (d.row0 + min64(lane + r, d.count - 1)) * d.K;
+    const auto block = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      Vec<S> x[M];
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) x[j] = load_n(a + j * d.lda + k, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) {
+        const Vec<S> w = load_as<S>(d.w, W, row[r] + k, n);
+#pragma GCC unroll 4
+        for (int j = 0; j < M; ++j) acc[r][j] = fma(x[j], w, acc[r][j]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + L <= d.K; k += L) block(k, L);
+    if (k < d.K) block(k, d.K - k);
+    for (int r = 0; r < kTogether && lane + r < d.count; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) sums[j][lane + r] = acc[r][j];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < M; ++j)
+    store(d.out + (i0 + j) * d.out_pitch, load(d.in + (i0 + j) * d.in_pitch) + fold<S>(sums[j]));
+}
+
+template <class S, DType W>
+static void dots_as(const Dots<S>& d) {
+  int64_t i = 0;
+  for (; i + 4 <= d.m; i += 4) dots_of_rows<S, W, 4>(d, i);
+  switch (d.m - i) {
+    case 3:
+      return dots_of_rows<S, W, 3>(d, i);
+    case 2:
+      return dots_of_rows<S, W, 2>(d, i);
+    case 1:
+      return dots_of_rows<S, W, 1>(d, i);
+  }
+}
+
+template <class S>
+void dots(const Dots<S>& d) {
+  if constexpr (sizeof(S) == 8) return dots_as<S, DType::f64>(d);
+  switch (d.dtype) {
+    case DType::bf16:
+      return dots_as<S, DType::bf16>(d);
+    case DType::f16:
+      return dots_as<S, DType::f16>(d);
+    default:
+      return dots_as<S, DType::f32>(d);
   }
 }
 
@@ -130,10 +214,12 @@ void pack_columns(S* dst, int nv, const void* w, DType dtype, int64_t N, int64_t
     }
 }
 
-#define FSQ_INSTANTIATE(S)                                                                                             \
-  template void multiply<S>(const Tile<S>&);                                                                           \
-  template void multiply_panel<S>(const S*, int64_t, int64_t, int64_t, const S*, int, const S*, int64_t, S*, int64_t); \
-  template void pack_gates<S>(S*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);                       \
+#define FSQ_INSTANTIATE(S)                                                                                            \
+  template void multiply<S>(const Tile<S>&);                                                                          \
+  template void multiply_panel<S>(const S*, int64_t, int64_t, int64_t, const S*, int64_t, int, const S*, int64_t, S*, \
+                                  int64_t);                                                                           \
+  template void dots<S>(const Dots<S>&);                                                                              \
+  template void pack_gates<S>(S*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);                      \
   template void pack_columns<S>(S*, int, const void*, DType, int64_t, int64_t, int64_t, int64_t);
 FSQ_INSTANTIATE(float)
 FSQ_INSTANTIATE(double)

@@ -22,15 +22,16 @@ constexpr int tile_rows(int nv) {
 #endif
 }
 
-// One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k][v]. `in` and `out` have rows of nv vectors, their
-// pitches in values; in_pitch 0 repeats one row (a bias).
+// One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k * b_pitch][v]. `in` and `out` have rows of nv
+// vectors, their pitches in values; in_pitch 0 repeats one row (a bias); b_pitch is that of a panel, or of a matrix
+// used as it lies in memory.
 template <class S>
 struct Tile {
   int m, nv;
   const S* a;
   int64_t row, step;
   const S* b;
-  int64_t K;
+  int64_t b_pitch, K;
   const S* in;
   int64_t in_pitch;
   S* out;
@@ -58,8 +59,26 @@ FSQ_INLINE void for_panels(int64_t begin, int64_t end, int widest, F f) {
 
 // All rows of one panel: c = in + A B. K is walked in blocks, so that a tile's rows of A stay in the first-level cache.
 template <class S>
-void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int nv, const S* in, int64_t in_pitch,
-                    S* c, int64_t ldc);
+void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int64_t b_pitch, int nv, const S* in,
+                    int64_t in_pitch, S* c, int64_t ldc);
+
+// Dot products with rows of a weight as it lies in memory, for scans too short to pay for packing:
+// out[i][lane] = in[i][lane] + sum_k a[i * lda + k] * w[(row0 + lane) * K + k], lane < count; the other lanes get `in`.
+// Each sum runs over k in vectors, lanes folded at the end, whatever the number of rows.
+template <class S>
+struct Dots {
+  const S* a;
+  int64_t lda, m;
+  const void* w;
+  DType dtype;
+  int64_t row0, count, K;
+  const S* in;
+  int64_t in_pitch;
+  S* out;
+  int64_t out_pitch;
+};
+template <class S>
+void dots(const Dots<S>& d);
 
 // A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past
 // H are zero.

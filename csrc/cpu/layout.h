@@ -61,9 +61,19 @@ class Layout {
   int64_t at(const Rows& r, int64_t t, int64_t j) const {
     return packed ? (offset_[t] + j) * r.sb : t * r.st + user_row_[j] * r.sb;
   }
+  // A mask at row (t, j); false for a step that the row does not take.
   bool flag(const Rows& r, int64_t t, int64_t j) const {
-    return r.data && t >= 0 && t < T && static_cast<const unsigned char*>(r.data)[at(r, t, j)];
+    return r.data && j < alive(t) && static_cast<const unsigned char*>(r.data)[at(r, t, j)];
   }
+  // Calls f(t, j, k) for the rows k of `part`, counted from the first row of step t0, of the steps [t0, t1).
+  template <class F>
+  void for_rows(int64_t t0, int64_t t1, Range part, F f) const {
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t first = offset_[t] - offset_[t0];
+      for (int64_t k = max64(first, part.begin); k < min64(first + alive_[t], part.end); ++k) f(t, k - first, k);
+    }
+  }
+
   // True if rows of all time steps lie at one distance from each other, `pitch`, in scan order.
   bool dense(const Rows& r) const { return packed || (uniform_ && (T <= 1 || B == 1 || r.st == B * r.sb)); }
   int64_t pitch(const Rows& r) const { return !packed && B == 1 ? r.st : r.sb; }
@@ -95,8 +105,10 @@ FSQ_INLINE Share plan(int thread, int threads, int64_t directions, int64_t rows,
   const Range mine = split(threads, s.group, s.groups);
   const int m = int(mine.size()), q = thread - int(mine.begin);
   int64_t best = -1;
-  for (int slices = m; slices >= 1; --slices) {
-    for (int teams = rows_divisible ? int(m / slices) : 1; teams >= 1; --teams) {
+  const int most_slices = int(max64(1, min64(m, vectors)));
+  for (int slices = 1; slices <= most_slices; ++slices) {
+    const int most_teams = rows_divisible ? int(max64(1, min64(m / slices, rows))) : 1;
+    for (int teams = 1; teams <= most_teams; ++teams) {
       const int64_t r = (rows + teams - 1) / teams, v = (vectors + slices - 1) / slices;
       const int64_t tall = tile_rows(gates), tiles = (r + tall - 1) / tall;
       const int64_t from_l2 = v * gates * K * vector_bytes <= 768 * 1024 ? 2 : 4;  // cycles to load a vector of weights

@@ -38,7 +38,7 @@ struct alignas(64) Barrier {
     }
     for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == seen; ++spins) {
       cpu_pause();
-      if (spins > 4000) sched_yield();
+      if (spins > 1000) sched_yield();
     }
   }
 };

@@ -89,11 +89,11 @@ class BackwardScan {
     const Range mine = split(state_vectors(), s.slice, s.slices);
     int turn = 0;
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
-      if (turn++ % s.teams == s.team) pack_columns(w.w_hh + v * L * K, u, f.w_hh[d], f.dtype, f.R, v * L, 0, K);
+      if (turn++ % s.teams == s.team) prepare_columns(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
     });
     if (projected())
       for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
-        if (turn++ % s.teams == s.team) pack_columns(w.w_hr + v * L * f.R, u, f.w_hr[d], f.dtype, f.H, v * L, 0, f.R);
+        if (turn++ % s.teams == s.team) prepare_columns(f, w.w_hr, f.w_hr[d], f.R, f.H, v, u);
       });
   }
 
@@ -185,7 +185,7 @@ class BackwardScan {
       };
       for_row_tiles(min64(j1, from_later) - j0, u, [&](int64_t r, int m) {
         const int64_t j = j0 + r;
-        recurrent(w, next + j * gp(), v, u, m, j, sums);
+        recurrent(w, at.d, next + j * gp(), v, u, m, j, sums);
         for (int i = 0; i < m; ++i) deliver(j + i, sums + i * u * L, lay.flag(f.resets, at.later, j + i));
       });
       for (int64_t j = max64(j0, from_later); j < j1; ++j) {  // rows whose last step this is
@@ -215,16 +215,16 @@ class BackwardScan {
   }
 
   // sums = (what bypassed the products) + gate gradients x W_hh, for m rows from j on.
-  void recurrent(const Work& w, const S* dg, int64_t v, int u, int m, int64_t j, S* sums) const {
+  void recurrent(const Work& w, int64_t d, const S* dg, int64_t v, int u, int m, int64_t j, S* sums) const {
     const int64_t K = gate_count(C) * f.H;
-    const S* panel = w.w_hh + v * L * K;
+    const Columns<S> b = columns(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
     alignas(64) static const S zero[kMaxPanel * L] = {};
     const bool carried = C == Cell::gru || kGruBefore;
     const S* in = carried ? w.carry + j * cp() + v * L : zero;
     const int64_t first = C == Cell::gru || kGruBefore ? 2 * f.H : K;
-    multiply(Tile<S>{m, u, dg, gp(), 1, panel, first, in, carried ? cp() : 0, sums, u * L});
+    multiply(Tile<S>{m, u, dg, gp(), 1, b.b, b.pitch, first, in, carried ? cp() : 0, sums, u * L});
     if (C == Cell::gru)  // W_hn meets the gradient of its own product, column block 3
-      multiply(Tile<S>{m, u, dg + 3 * f.H, gp(), 1, panel + 2 * f.H * u * L, f.H, sums, u * L, sums, u * L});
+      multiply(Tile<S>{m, u, dg + 3 * f.H, gp(), 1, b.b + 2 * f.H * b.pitch, b.pitch, f.H, sums, u * L, sums, u * L});
   }
 
   const S* saved(const Moment& at, int64_t t, int64_t j) const {
@@ -283,12 +283,13 @@ class BackwardScan {
   // LSTM with projection: the gradient of h (R wide) through W_hr to that of o tanh(c).
   void through_projection(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg,
                           const S* dh_rows) {
-    alignas(64) const S zero[kMaxPanel * L] = {};
+    alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
+      const Columns<S> b = columns(f, w.w_hr, f.w_hr[at.d], f.R, f.H, v, u);
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
-        multiply(Tile<S>{m, u, dh_rows + j * hp(), hp(), 1, w.w_hr + v * L * f.R, f.R, zero, 0, sums, u * L});
+        multiply(Tile<S>{m, u, dh_rows + j * hp(), hp(), 1, b.b, b.pitch, f.R, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i)
           for (int k = 0; k < u; ++k)
             cell(w, at, j + i, (v + k) * L, load(sums + (i * u + k) * L), dg + (j + i) * gp());
@@ -298,13 +299,14 @@ class BackwardScan {
 
   // GRU that resets before the product: the gradient of n through W_hn to r h, and so to r.
   void through_reset(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg) {
-    alignas(64) const S zero[kMaxPanel * L] = {};
+    alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
-      const S* panel = w.w_hh + v * L * 3 * f.H + 2 * f.H * u * L;
+      const Columns<S> b = columns(f, w.w_hh, f.w_hh[at.d], 3 * f.H, f.R, v, u);
+      const S* w_hn = b.b + 2 * f.H * b.pitch;
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
-        multiply(Tile<S>{m, u, dg + j * gp() + 2 * f.H, gp(), 1, panel, f.H, zero, 0, sums, u * L});
+        multiply(Tile<S>{m, u, dg + j * gp() + 2 * f.H, gp(), 1, w_hn, b.pitch, f.H, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i)
           for (int k = 0; k < u; ++k) {
             const int64_t unit = (v + k) * L;

@@ -28,11 +28,12 @@ class ForwardScan {
     int threads = p.threads;
     const Share probe = share(0, threads);
     if (probe.groups * probe.threads == 1) threads = 1;
+    group_threads = probe.threads;
     place(probe.groups);
     if (!arena.allocate()) return Status::out_of_memory;
     place(probe.groups);
     lay.fill(p);
-    direct = sizeof(S) == size_t(dtype_size(p.dtype)) && lay.dense(p.x);
+    direct = sizeof(S) == size_t(dtype_size(p.dtype)) && p.I > 0 && lay.dense(p.x);
     barriers = arena_barriers;
     for (int i = 0; i < probe.groups * (threads + 1); ++i) barriers[i] = Barrier();
     parallel(threads, [&](int thread, int count) {
@@ -44,7 +45,14 @@ class ForwardScan {
   }
 
  private:
+  // Where a finished row of a step is written to.
+  struct Out {
+    int64_t y, c;  // element offsets
+    S* saved;
+    bool now, next;  // a reset before this step, before the next one
+  };
   struct Work {  // scratch of one group
+    Out* outs;   // B for each slice
     S *w_ih, *w_hh, *w_hr, *bias_x, *bias_h, *x, *gx, *h[2], *c, *m, *z;
   };
 
@@ -54,6 +62,7 @@ class ForwardScan {
   Barrier *barriers = nullptr, *arena_barriers = nullptr;
   Work work[kMaxDirections];
   bool direct = false;
+  int group_threads = 1;
   const Activations act{};
 
   int64_t vectors() const { return (p.H + L - 1) / L; }
@@ -61,6 +70,9 @@ class ForwardScan {
   int64_t hp() const { return state_pitch<S>(p.R); }  // pitch of h
   int64_t cp() const { return state_pitch<S>(p.H); }  // pitch of c, m, z
   bool projected() const { return p.w_hr[0] != nullptr; }
+  // One step uses every weight once: packing would cost more than it saves. (T alone decides: a row's result must not
+  // depend on the batch.)
+  bool unpacked() const { return p.T == 1; }
 
   Share share(int thread, int count) const {
     return plan(thread, count, p.D, p.B, vectors(), G, p.I + p.R, p.T, !p.lengths && !p.batch_sizes, FSQ_VECTOR_BYTES);
@@ -68,7 +80,7 @@ class ForwardScan {
 
   int64_t chunk_steps() const {
     const int64_t row_bytes = vectors() * G * L * int64_t(sizeof(S));
-    const int64_t rows = max64(64, 256 * 1024 * p.threads / max64(row_bytes, 1));
+    const int64_t rows = max64(64, 256 * 1024 * group_threads / max64(row_bytes, 1));
     return max64(1, min64(p.T, rows / max64(p.B, 1)));
   }
 
@@ -78,9 +90,10 @@ class ForwardScan {
     const int64_t n = vectors() * L, rows = chunk_steps() * p.B;
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
-      w.w_ih = arena.take<S>(G * n * p.I);
-      w.w_hh = arena.take<S>(G * n * p.R);
-      w.w_hr = arena.take<S>(projected() ? state_vectors() * L * p.H : 0);
+      w.outs = arena.take<Out>(p.B * group_threads);
+      w.w_ih = arena.take<S>(unpacked() ? 0 : G * n * p.I);
+      w.w_hh = arena.take<S>(unpacked() ? 0 : G * n * p.R);
+      w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * p.H : 0);
       w.bias_x = arena.take<S>(G * n);
       w.bias_h = arena.take<S>(n);
       w.x = arena.take<S>(rows * p.I);
@@ -106,8 +119,12 @@ class ForwardScan {
     int turn = 0;
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       if (turn++ % s.teams != s.team) return;
-      pack_gates(block<Blk>(w.w_ih, n, p.I) + v * ng * L * p.I, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
-      pack_gates(block<Blk>(w.w_hh, n, p.R) + v * ng * L * p.R, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
+      if (!unpacked()) {
+        S* const w_ih = block<Blk>(w.w_ih, n, p.I) + v * ng * L * p.I;
+        S* const w_hh = block<Blk>(w.w_hh, n, p.R) + v * ng * L * p.R;
+        pack_gates(w_ih, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
+        pack_gates(w_hh, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
+      }
       for (int g = 0; g < ng; ++g)
         for (int i = 0; i < u; ++i) {
           // torch's GRU keeps b_hn apart: it is multiplied by the reset gate.
@@ -121,15 +138,30 @@ class ForwardScan {
   }
 
   template <class Blk>
-  void project(const Share& s, const Work& w, const S* x, Range rows, int64_t chunk_rows) {
+  void project(const Share& s, const Work& w, int64_t d, const S* x, Range rows, int64_t chunk_rows) {
     const int64_t n = vectors() * L, pitch = direct ? lay.pitch(p.x) : p.I;
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
-      multiply_panel(x + rows.begin * pitch, pitch, rows.size(), p.I,
-                     block<Blk>(w.w_ih, n, p.I) + v * Blk::gates * L * p.I, nv,
-                     block<Blk>(w.bias_x, n, 1) + v * Blk::gates * L, 0,
-                     gates<Blk>(w, v, chunk_rows) + rows.begin * nv * L, nv * L);
+      const S* bias = block<Blk>(w.bias_x, n, 1) + v * Blk::gates * L;
+      S* gx = gates<Blk>(w, v, chunk_rows) + rows.begin * nv * L;
+      if (unpacked())
+        gate_dots<Blk>(x + rows.begin * pitch, pitch, rows.size(), p.w_ih[d], p.I, v, u, bias, 0, gx);
+      else
+        multiply_panel(x + rows.begin * pitch, pitch, rows.size(), p.I,
+                       block<Blk>(w.w_ih, n, p.I) + v * Blk::gates * L * p.I, nv * L, nv, bias, 0, gx, nv * L);
     });
+  }
+
+  // The panel's product without packed weights: for each gate and unit vector, dots with the weight's own rows.
+  template <class Blk>
+  void gate_dots(const S* a, int64_t lda, int64_t m, const void* weight, int64_t K, int64_t v, int u, const S* in,
+                 int64_t in_pitch, S* out) const {
+    const int nv = Blk::gates * u;
+    for (int c = 0; c < nv; ++c) {
+      const int64_t unit = (v + c % u) * L;
+      dots(Dots<S>{a, lda, m, weight, p.dtype, (Blk::gate0 + c / u) * p.H + unit, min64(L, p.H - unit), K, in + c * L,
+                   in_pitch, out + c * L, nv * L});
+    }
   }
 
   template <class Blk>
@@ -163,8 +195,8 @@ class ForwardScan {
         gather(s, w, t0, t1);
       if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
       const Range part = split(rows, s.team, s.teams);
-      project<BlockA>(s, w, x, part, rows);
-      if constexpr (kTwoPhases) project<BlockB>(s, w, x, part, rows);
+      project<BlockA>(s, w, d, x, part, rows);
+      if constexpr (kTwoPhases) project<BlockB>(s, w, d, x, part, rows);
       if (s.teams > 1) group.wait(s.threads);
       for (int64_t k = s0; k < s1; ++k) {
         const int64_t t = reverse ? p.T - 1 - k : k;
@@ -178,18 +210,12 @@ class ForwardScan {
   }
 
   void gather(const Share& s, const Work& w, int64_t t0, int64_t t1) {
-    const Range part = split(t1 - t0, s.thread, s.threads);
-    for (int64_t t = t0 + part.begin; t < t0 + part.end; ++t)
-      for (int64_t j = 0; j < lay.alive(t); ++j)
-        load_row<S>(w.x + (lay.offset(t) - lay.offset(t0) + j) * p.I, p.x.data, p.dtype, lay.at(p.x, t, j), p.I);
+    const Range part = split(lay.offset(t1) - lay.offset(t0), s.thread, s.threads);
+    lay.for_rows(t0, t1, part, [&](int64_t t, int64_t j, int64_t k) {
+      load_row<S>(w.x + k * p.I, p.x.data, p.dtype, lay.at(p.x, t, j), p.I);
+    });
   }
 
-  // What a finished row of a step is written to.
-  struct Out {
-    int64_t y, c;  // element offsets
-    S* saved;
-    bool now, next;  // a reset before this step, before the next one
-  };
   struct Moment {
     int64_t d, t, t_next;
   };
@@ -214,6 +240,8 @@ class ForwardScan {
             const S* h, S* h_next, Barrier& team) {
     const int64_t j0 = s.rows.begin, n = min64(s.rows.end, lay.alive(t)) - j0;
     const Moment at{d, t, t_next};
+    Out* outs = w.outs + s.slice * p.B;
+    for (int64_t j = j0; j < j0 + n; ++j) outs[j] = out(at, j);
     block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, h, hp(), h, h_next);
     if constexpr (kTwoPhases) {
       team.wait(s.slices);
@@ -245,9 +273,12 @@ class ForwardScan {
           }
           in = sums;
         }
-        multiply(Tile<S>{m, nv, a + j * lda, lda, 1, panel, p.R, in, nv * L, sums, nv * L});
+        if (unpacked())
+          gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
+        else
+          multiply(Tile<S>{m, nv, a + j * lda, lda, 1, panel, nv * L, p.R, in, nv * L, sums, nv * L});
         for (int i = 0; i < m; ++i) {
-          const Out o = out(at, j + i);
+          const Out& o = w.outs[s.slice * p.B + j + i];
           for (int k = 0; k < u; ++k)
             cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv) * L, h, h_next);
         }
@@ -307,7 +338,7 @@ class ForwardScan {
   }
 
   void pack_projection(const Share& s, const Work& w, int64_t d) {
-    if (s.team > 0) return;
+    if (s.team > 0 || unpacked()) return;
     const Range mine = split(state_vectors(), s.slice, s.slices);
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
       pack_gates(w.w_hr + v * L * p.H, 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
@@ -321,11 +352,17 @@ class ForwardScan {
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
-        alignas(64) const S zero[kMaxPanel * L] = {};
-        multiply(Tile<S>{m, u, w.m + (j0 + r) * cp(), cp(), 1, w.w_hr + v * L * p.H, p.H, zero, 0, sums, u * L});
+        alignas(64) static const S zero[kMaxPanel * L] = {};
+        const S* a = w.m + (j0 + r) * cp();
+        if (unpacked())
+          for (int k = 0; k < u; ++k)
+            dots(Dots<S>{a, cp(), m, p.w_hr[at.d], p.dtype, (v + k) * L, min64(L, p.R - (v + k) * L), p.H, zero, 0,
+                         sums + k * L, u * L});
+        else
+          multiply(Tile<S>{m, u, a, cp(), 1, w.w_hr + v * L * p.H, u * L, p.H, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i) {
           const int64_t j = j0 + r + i;
-          const Out o = out(at, j);
+          const Out& o = w.outs[s.slice * p.B + j];
           for (int k = 0; k < u; ++k) emit(o, h_next + j * hp(), (v + k) * L, load(sums + (i * u + k) * L));
         }
       });
@@ -337,15 +374,14 @@ class ForwardScan {
     for (int64_t j = rows.begin; j < rows.end; ++j) {
       const int64_t b = d * p.B + lay.user_row(j), n = lay.length(j);
       char* h_n = static_cast<char*>(p.h_n) + b * p.R * size;
-      char* c_n = static_cast<char*>(p.c_n) + b * p.H * size;
       if (n > 0) {
         const int64_t at = lay.at(p.y, reverse ? 0 : n - 1, j) + d * p.R;
         memcpy(h_n, static_cast<const char*>(p.y.data) + at * size, size_t(p.R * size));
-        if (C == Cell::lstm) store_row<S>(c_n, p.dtype, 0, w.c + j * cp(), p.H);
+        if (C == Cell::lstm) store_row<S>(p.c_n, p.dtype, b * p.H, w.c + j * cp(), p.H);
         continue;
       }
       copy_state(h_n, p.h0, b * p.R * size, p.R * size);
-      if (C == Cell::lstm) copy_state(c_n, p.c0, b * p.H * size, p.H * size);
+      if (C == Cell::lstm) copy_state(static_cast<char*>(p.c_n) + b * p.H * size, p.c0, b * p.H * size, p.H * size);
     }
   }
   static void copy_state(char* dst, const void* src, int64_t at, int64_t bytes) {

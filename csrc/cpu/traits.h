@@ -55,6 +55,28 @@ FSQ_INLINE Vec<S> load_bias(const void* a, const void* b, DType dtype, int gate,
   return v;
 }
 
+// Columns v*L... of a weight [K, N] as right operand of `multiply`, u vectors wide. One step uses every weight once, so
+// there they are read as they lie where whole vectors of the compute type do; else from panels.
+template <class S>
+struct Columns {
+  const S* b;
+  int64_t pitch;
+};
+template <class S>
+FSQ_INLINE bool read_in_place(const ScanParams& p, int64_t N, int64_t v, int u) {
+  return p.T == 1 && sizeof(S) == size_t(dtype_size(p.dtype)) && (v + u) * kLanes<S> <= N;
+}
+template <class S>
+FSQ_INLINE Columns<S> columns(const ScanParams& p, const S* panels, const void* w, int64_t K, int64_t N, int64_t v,
+                              int u) {
+  if (read_in_place<S>(p, N, v, u)) return {static_cast<const S*>(w) + v * kLanes<S>, N};
+  return {panels + v * kLanes<S> * K, u * kLanes<S>};
+}
+template <class S>
+FSQ_INLINE void prepare_columns(const ScanParams& p, S* panels, const void* w, int64_t K, int64_t N, int64_t v, int u) {
+  if (!read_in_place<S>(p, N, v, u)) pack_columns(panels + v * kLanes<S> * K, u, w, p.dtype, N, v * kLanes<S>, 0, K);
+}
+
 // Leading dimension of a state buffer: whole vectors, and one more so that rows of a tile do not share cache sets.
 template <class S>
 FSQ_INLINE int64_t state_pitch(int64_t n) {

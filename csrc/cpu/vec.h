@@ -156,6 +156,16 @@ FSQ_INLINE Vec<S> splat(S s) {
   return Num<Vec<S>>::c(s);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class S>
+FSQ_INLINE __m256i first_lanes(int64_t n) {
+  typedef typename VecOf<S>::bits B;
+  B index{};
+  for (int i = 0; i < kLanes<S>; ++i) index[i] = i;
+  return (__m256i)(index < (B{} + typename VecOf<S>::bit(n)));
+}
+#endif
+
 // The first n lanes; the rest read as 0 and are never touched in memory.
 template <class S>
 FSQ_INLINE Vec<S> load_n(const S* p, int64_t n) {
@@ -167,7 +177,14 @@ FSQ_INLINE Vec<S> load_n(const S* p, int64_t n) {
     return (Vec<S>)_mm512_maskz_loadu_epi64(__mmask8((1u << n) - 1), p);
 #else
   Vec<S> v{};
-  memcpy(&v, p, sizeof(S) * n);
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) == 4)
+    v = _mm256_maskload_ps(p, first_lanes<S>(n));
+  else
+    v = _mm256_maskload_pd(p, first_lanes<S>(n));
+#else
+  for (int i = 0; i < kLanes<S>; ++i) v[i] = i < n ? p[i] : S(0);
+#endif
   return v;
 #endif
 }
@@ -179,8 +196,13 @@ FSQ_INLINE void store_n(S* p, Vec<S> v, int64_t n) {
     _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), (__m512i)v);
   else
     _mm512_mask_storeu_epi64(p, __mmask8((1u << n) - 1), (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4)
+    _mm256_maskstore_ps(p, first_lanes<S>(n), v);
+  else
+    _mm256_maskstore_pd(p, first_lanes<S>(n), v);
 #else
-  memcpy(p, &v, sizeof(S) * n);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 

@@ -165,12 +165,12 @@ def scan_backward(
     dy, dc_all = (None if g is None else _dense_rows(g) for g in (dy, dc_all))
     weights = _dense(weights)
     h0, c0, dh_n, dc_n = (None if s is None else s.contiguous() for s in (h0, c0, dh_n, dc_n))
-    make = torch.empty if lengths is None else torch.zeros
-    dx = make(x.shape, dtype=x.dtype) if need_dx else None
+    make = x.new_empty if lengths is None else x.new_zeros
+    dx = make(x.shape) if need_dx else None
     dh0 = x.new_empty((directions, batch, state))
     dc0 = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dweights = [torch.empty(w.shape, dtype=compute) for w in weights] if need_dw else []
+    dweights = [w.new_empty(w.shape, dtype=compute) for w in weights] if need_dw else []
     _core.scan_backward(
         _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
