@@ -48,7 +48,7 @@ struct ScanParams {
   Rows resets;                       // bool [T,B], data may be null
   Rows y;                            // [T,B,D*R]; rows past a length are left untouched
   Rows c_all;                        // [T,B,D*H], data may be null
-  void* h_n;                         // [D,B,R] dense
+  void* h_n;                         // [D,B,R] dense; may be y itself if T = 1, D = 1
   void* c_n;                         // [D,B,H] dense, LSTM only
   void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
 };

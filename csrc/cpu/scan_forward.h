@@ -376,7 +376,8 @@ class ForwardScan {
       char* h_n = static_cast<char*>(p.h_n) + b * p.R * size;
       if (n > 0) {
         const int64_t at = lay.at(p.y, reverse ? 0 : n - 1, j) + d * p.R;
-        memcpy(h_n, static_cast<const char*>(p.y.data) + at * size, size_t(p.R * size));
+        const char* last = static_cast<const char*>(p.y.data) + at * size;
+        if (h_n != last) memcpy(h_n, last, size_t(p.R * size));  // a single step may have one tensor for both
         if (C == Cell::lstm) store_row<S>(p.c_n, p.dtype, b * p.H, w.c + j * cp(), p.H);
         continue;
       }

@@ -137,6 +137,69 @@ def scan_forward(
     return y, h_n, c_n, c_all, reserve
 
 
+def cell_forward(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    batch, inputs = x.shape
+    hidden, state = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
+    x, weights = _dense_rows(x), _dense(weights)
+    if h is not None and not h.is_contiguous():
+        h = h.contiguous()
+    if c is not None and not c.is_contiguous():
+        c = c.contiguous()
+    h_new = x.new_empty((batch, state))
+    c_new = x.new_empty((batch, hidden)) if cell == "lstm" else None
+    reserve = reserve_like(cell, x.unsqueeze(0), weights, False) if save else None
+    out = h_new.data_ptr()
+    _core.scan_forward(
+        _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
+        (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
+        (out, 0, state), None, out, _pointer(c_new), _pointer(reserve),
+    )  # fmt: skip
+    return h_new, c_new, reserve
+
+
+def cell_backward(
+    cell: str,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    h_new: Tensor,
+    reserve: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    batch, inputs = x.shape
+    hidden, state = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
+    x, weights = _dense_rows(x), _dense(weights)
+    h, c, dh, dc = (None if s is None else s.contiguous() for s in (h, c, dh, dc))
+    dx = x.new_empty(x.shape) if need_dx else None
+    dh0 = x.new_empty((batch, state))
+    dc0 = x.new_empty((batch, hidden)) if cell == "lstm" else None
+    dweights = _weight_grads(x, weights) if need_dw else []
+    _core.scan_backward(
+        _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
+        (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
+        (h_new.data_ptr(), 0, state), _pointer(reserve), None, None, _pointer(dh), _pointer(dc),
+        (dx.data_ptr(), 0, inputs) if dx is not None else None, dh0.data_ptr(), _pointer(dc0),
+        _weights(dweights, 1) if need_dw else (),
+    )  # fmt: skip
+    return dx, dh0, dc0, _stored(dweights, x.dtype)
+
+
+def _weight_grads(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Room for the weight gradients, which the core writes in the type it computes in."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [w.new_empty(w.shape, dtype=compute) for w in weights]
+
+
+def _stored(grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return grads if not grads or grads[0].dtype == dtype else [g.to(dtype) for g in grads]
+
+
 def scan_backward(
     cell: str,
     dy: Tensor | None,
@@ -169,8 +232,7 @@ def scan_backward(
     dx = make(x.shape) if need_dx else None
     dh0 = x.new_empty((directions, batch, state))
     dc0 = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dweights = [w.new_empty(w.shape, dtype=compute) for w in weights] if need_dw else []
+    dweights = _weight_grads(x, weights) if need_dw else []
     _core.scan_backward(
         _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
@@ -179,6 +241,4 @@ def scan_backward(
         _rows(dx, packed, batch_first), _pointer(dh0), _pointer(dc0),
         _weights(dweights, directions) if need_dw else (),
     )  # fmt: skip
-    if need_dw and compute != x.dtype:
-        dweights = [g.to(x.dtype) for g in dweights]
-    return dx, dh0, dc0, dweights
+    return dx, dh0, dc0, _stored(dweights, x.dtype)

@@ -36,16 +36,17 @@ class Scan(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        # No graph is recorded in here, so a view costs a fraction of what it costs outside.
-        xs, hs, cs = as_scan(x, h0, c0) if step else (x, h0, c0)
-        y, h_n, c_n, c_all, reserve = backend.scan_forward(
-            cell, xs, hs, cs, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, True
-        )
+        y: Tensor | None
+        if step:
+            h_n, c_n, reserve = backend.cell_forward(cell, x, h0, c0, weights, True)
+            y, c_all = None, None
+        else:
+            y, h_n, c_n, c_all, reserve = backend.scan_forward(
+                cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, True
+            )
         ctx.backend, ctx.cell, ctx.layout, ctx.batch, ctx.step = (
             backend, cell, (bidirectional, batch_first), batch, step
         )  # fmt: skip
-        if step:
-            y, h_n, c_n = None, h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
         ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, resets, h_n if step else y, reserve, *weights)
         return y, h_n, c_n, c_all
 
@@ -58,30 +59,32 @@ class Scan(torch.autograd.Function):
         if dy is None and dh_n is None and dc_n is None and dc_all is None:
             return (None,) * len(needs)
         need_dx, need_dw = needs[_FIXED], any(needs[_FIXED + 3 :])
-        if ctx.step:
-            x, h0, c0 = as_scan(x, h0, c0)
-            y, dh_n, dc_n = as_scan(y, dh_n, dc_n)
-        grads = (dy, dh_n, dc_n, dc_all, x, h0, c0, weights)
         dx: Any
         dh0: Any
         dc0: Any
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             # create_graph=True, or a backward that is being traced: the operator knows its own derivative.
+            if ctx.step:
+                x, h0, c0 = as_scan(x, h0, c0)
+                y, dh_n, dc_n = as_scan(y, dh_n, dc_n)
             dx, dh0, dc0, dweights = derivative.call_backward(
-                ctx.cell, *grads, *ctx.layout, lengths, batch_sizes, resets, y, reserve,
-                need_dx, need_dw, ctx.batch, ctx.backend.name,
+                ctx.cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights, *ctx.layout, lengths, batch_sizes, resets, y,
+                reserve, need_dx, need_dw, ctx.batch, ctx.backend.name,
             )  # fmt: skip
+            if ctx.step:
+                dx, dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dx, dh0, dc0))
+        elif ctx.step:
+            dx, dh0, dc0, dweights = ctx.backend.cell_backward(
+                ctx.cell, dh_n, dc_n, x, h0, c0, weights, y, reserve, need_dx, need_dw
+            )
         else:
             dx, dh0, dc0, dweights = ctx.backend.scan_backward(
-                ctx.cell, *grads, *ctx.layout, lengths, batch_sizes, resets, y, reserve, need_dx, need_dw
-            )
-        if ctx.step:
-            dx = dx.squeeze(0) if need_dx else None
-            dh0 = dh0.squeeze(0) if needs[_FIXED + 1] else None
-            dc0 = dc0.squeeze(0) if needs[_FIXED + 2] else None
+                ctx.cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights, *ctx.layout, lengths, batch_sizes, resets, y,
+                reserve, need_dx, need_dw,
+            )  # fmt: skip
         return (
             *(None,) * _FIXED,
-            dx,
+            dx if need_dx else None,
             dh0 if needs[_FIXED + 1] else None,
             dc0 if needs[_FIXED + 2] else None,
             *(dweights if need_dw else (None,) * len(weights)),

@@ -129,12 +129,11 @@ def _run(
             *weights,
         )  # fmt: skip
     if step:
-        x, h0, c0 = as_scan(x, h0, c0)
+        h_new, c_new, _ = backend.cell_forward(cell, x, h0, c0, weights, False)
+        return None, h_new, c_new, None
     y, h_n, c_n, c_all, _ = backend.scan_forward(
         cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False
     )
-    if step:
-        h_n, c_n = h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
     return y, h_n, c_n, c_all
 
 
