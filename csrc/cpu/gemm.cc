@@ -6,31 +6,39 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-template <class S, int NV, int M>
-static void tile(const Tile<S>& t) {
-  constexpr int L = kLanes<S>;
-  Vec<S> acc[M][NV];
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(t.in + r * t.in_pitch + v * L);
-  const S *a = t.a, *b = t.b;
-  const int64_t row = t.row, step = t.step, pitch = t.b_pitch;
-  for (int64_t k = t.K; k > 0; --k, b += pitch, a += step) {
+template <int NV, int M, class S>
+FSQ_INLINE void accumulate(Vec<S> (&acc)[M][NV], const S* a, int64_t row, int64_t step, const S* b, int64_t pitch,
+                           int64_t K) {
+  for (; K > 0; --K, b += pitch, a += step) {
     Vec<S> x[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) x[r] = splat(a[r * row]);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const Vec<S> w = load(b + v * L);
+      const Vec<S> w = load(b + v * kLanes<S>);
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
     }
   }
+}
+
+template <class S, int NV, int M>
+static void tile(const Tile<S>& t) {
+  constexpr int L = kLanes<S>;
+  Vec<S> acc[M][NV];
+  const S* in = t.in;
 #pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
+  for (int r = 0; r < M; ++r, in += t.in_pitch)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(t.out + r * t.out_pitch + v * L, acc[r][v]);
+    for (int v = 0; v < NV; ++v) acc[r][v] = load(in + v * L);
+  accumulate<NV, M, S>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K);
+  if (t.K2 > 0) accumulate<NV, M, S>(acc, t.a2, t.row2, 1, t.b2, t.b2_pitch, t.K2);
+  S* out = t.out;
+  const int64_t out_pitch = t.out_pitch;
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r, out += out_pitch)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(out + v * L, acc[r][v]);
 }
 
 template <class S, int NV, int M>

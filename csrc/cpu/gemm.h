@@ -36,6 +36,11 @@ struct Tile {
   int64_t in_pitch;
   S* out;
   int64_t out_pitch;
+  // A second product onto the same sums, after the first: a2 (step 1) times b2.
+  const S* a2 = nullptr;
+  int64_t row2 = 0;
+  const S* b2 = nullptr;
+  int64_t b2_pitch = 0, K2 = 0;
 };
 template <class S>
 void multiply(const Tile<S>& t);

@@ -111,8 +111,11 @@ FSQ_INLINE Share plan(int thread, int threads, int64_t directions, int64_t rows,
     for (int teams = 1; teams <= most_teams; ++teams) {
       const int64_t r = (rows + teams - 1) / teams, v = (vectors + slices - 1) / slices;
       const int64_t tall = tile_rows(gates), tiles = (r + tall - 1) / tall;
-      const int64_t from_l2 = v * gates * K * vector_bytes <= 768 * 1024 ? 2 : 4;  // cycles to load a vector of weights
-      const int64_t per_k = max64(r, tiles * from_l2) * gates + r;
+      // Loading a vector of weights takes 2 cycles from L2 and 4 from L3, most of it hidden behind the products, but
+      // less so the further away it is.
+      const bool near = v * gates * K * vector_bytes <= 768 * 1024;
+      const int64_t loads = tiles * gates;
+      const int64_t per_k = max64(r * gates, loads * (near ? 2 : 4)) + r + loads * (near ? 0 : 2);
       int64_t cycles = (per_k * K + r * 100) * v;
       cycles += slices > 1 ? 700 : 0;                              // the barrier
       cycles += slices * teams > 1 ? 20000 / max64(steps, 1) : 0;  // waking the pool

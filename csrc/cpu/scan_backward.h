@@ -222,9 +222,15 @@ class BackwardScan {
     const bool carried = C == Cell::gru || kGruBefore;
     const S* in = carried ? w.carry + j * cp() + v * L : zero;
     const int64_t first = C == Cell::gru || kGruBefore ? 2 * f.H : K;
-    multiply(Tile<S>{m, u, dg, gp(), 1, b.b, b.pitch, first, in, carried ? cp() : 0, sums, u * L});
-    if (C == Cell::gru)  // W_hn meets the gradient of its own product, column block 3
-      multiply(Tile<S>{m, u, dg + 3 * f.H, gp(), 1, b.b + 2 * f.H * b.pitch, b.pitch, f.H, sums, u * L, sums, u * L});
+    Tile<S> t{m, u, dg, gp(), 1, b.b, b.pitch, first, in, carried ? cp() : 0, sums, u * L};
+    if (C == Cell::gru) {  // W_hn meets the gradient of its own product, column block 3
+      t.a2 = dg + 3 * f.H;
+      t.row2 = gp();
+      t.b2 = b.b + 2 * f.H * b.pitch;
+      t.b2_pitch = b.pitch;
+      t.K2 = f.H;
+    }
+    multiply(t);
   }
 
   const S* saved(const Moment& at, int64_t t, int64_t j) const {

@@ -74,6 +74,10 @@ class ForwardScan {
   // depend on the batch.)
   bool unpacked() const { return p.T == 1; }
 
+  // With enough rows to reuse them, the step reads W_ih too, and its sums never leave the registers in between. The
+  // order of every sum is the same. (torch's GRU needs the two products of n apart.)
+  bool together(const Share& s) const { return C != Cell::gru && !unpacked() && s.rows.size() >= 24 && p.I <= 1024; }
+
   Share share(int thread, int count) const {
     return plan(thread, count, p.D, p.B, vectors(), G, p.I + p.R, p.T, !p.lengths && !p.batch_sizes, FSQ_VECTOR_BYTES);
   }
@@ -194,13 +198,13 @@ class ForwardScan {
       else
         gather(s, w, t0, t1);
       if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
-      const Range part = split(rows, s.team, s.teams);
+      const Range part = split(together(s) ? 0 : rows, s.team, s.teams);
       project<BlockA>(s, w, d, x, part, rows);
       if constexpr (kTwoPhases) project<BlockB>(s, w, d, x, part, rows);
       if (s.teams > 1) group.wait(s.threads);
       for (int64_t k = s0; k < s1; ++k) {
         const int64_t t = reverse ? p.T - 1 - k : k;
-        step(s, w, d, t, reverse ? t - 1 : t + 1, lay.offset(t) - row0, rows, w.h[k & 1], w.h[(k + 1) & 1], team);
+        step(s, w, d, t, reverse ? t - 1 : t + 1, lay.offset(t) - row0, rows, x, w.h[k & 1], w.h[(k + 1) & 1], team);
         team.wait(s.slices);
       }
     }
@@ -237,15 +241,15 @@ class ForwardScan {
   }
 
   void step(const Share& s, const Work& w, int64_t d, int64_t t, int64_t t_next, int64_t row, int64_t chunk_rows,
-            const S* h, S* h_next, Barrier& team) {
+            const S* x, const S* h, S* h_next, Barrier& team) {
     const int64_t j0 = s.rows.begin, n = min64(s.rows.end, lay.alive(t)) - j0;
     const Moment at{d, t, t_next};
     Out* outs = w.outs + s.slice * p.B;
     for (int64_t j = j0; j < j0 + n; ++j) outs[j] = out(at, j);
-    block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, h, hp(), h, h_next);
+    block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, x, h, hp(), h, h_next);
     if constexpr (kTwoPhases) {
       team.wait(s.slices);
-      block_step<BlockB>(s, w, at, j0, n, row, chunk_rows, w.m, cp(), h, h_next);
+      block_step<BlockB>(s, w, at, j0, n, row, chunk_rows, x, w.m, cp(), h, h_next);
     }
     if (projected()) {
       team.wait(s.slices);
@@ -256,8 +260,9 @@ class ForwardScan {
   // One phase of a step: a's product with the block's panels on top of the input projection, then the cell.
   template <class Blk>
   void block_step(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, int64_t row,
-                  int64_t chunk_rows, const S* a, int64_t lda, const S* h, S* h_next) {
+                  int64_t chunk_rows, const S* x, const S* a, int64_t lda, const S* h, S* h_next) {
     if (n <= 0) return;
+    const int64_t x_pitch = direct ? lay.pitch(p.x) : p.I;
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* gx = gates<Blk>(w, v, chunk_rows) + row * nv * L;
@@ -275,6 +280,11 @@ class ForwardScan {
         }
         if (unpacked())
           gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
+        else if (together(s))
+          multiply(Tile<S>{m, nv, x + (row + j) * x_pitch, x_pitch, 1,
+                           block<Blk>(w.w_ih, vectors() * L, p.I) + v * Blk::gates * L * p.I, nv * L, p.I,
+                           block<Blk>(w.bias_x, vectors() * L, 1) + v * Blk::gates * L, 0, sums, nv * L, a + j * lda,
+                           lda, panel, nv * L, p.R});
         else
           multiply(Tile<S>{m, nv, a + j * lda, lda, 1, panel, nv * L, p.R, in, nv * L, sums, nv * L});
         for (int i = 0; i < m; ++i) {
