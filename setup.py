@@ -21,6 +21,8 @@ from setuptools.errors import CompileError
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+# A compiler for another processor may take the flags with no more than a warning; the macro tells.
+ISA_MACROS = {"avx2": "__AVX2__", "avx512": "__AVX512F__", "avx512bf16": "__AVX512BF16__"}
 DISPATCH = Path("csrc/cpu/dispatch.cc")  # detection must run on any CPU, so no ISA flag may touch it
 SANITIZE = os.environ.get("FUSEDSEQ_SANITIZE", "0") == "1"  # an ASan and UBSan build, see `make sanitize`
 REQUIRED = SANITIZE or os.environ.get("FUSEDSEQ_REQUIRE_CORE", "0") == "1"  # for developers: no core is an error
@@ -53,6 +55,11 @@ def accepts(compiler: list[str], flags: list[str], program: str = "int main() { 
     with tempfile.TemporaryDirectory() as scratch:
         command = [*compiler, *flags, "-x", "c++", "-", "-o", os.path.join(scratch, "probe")]
         return subprocess.run(command, input=program.encode(), capture_output=True).returncode == 0
+
+
+def isa_probe(name: str) -> str:
+    macro = ISA_MACROS.get(name)
+    return (f"#ifndef {macro}\n#error\n#endif\n" if macro else "") + "int main() { return 0; }"
 
 
 def up_to_date(target: Path, command: list[str]) -> bool:
@@ -93,7 +100,7 @@ class BuildCore(build_ext):
         import pybind11
 
         openmp = ["-fopenmp"] if accepts(compiler, ["-fopenmp"], OPENMP_PROBE) else []
-        isas = {name: flags for name, flags in ISAS.items() if accepts(compiler, flags)}
+        isas = {name: flags for name, flags in ISAS.items() if accepts(compiler, flags, isa_probe(name))}
         have = [f"-DFSQ_HAVE_{name.upper()}=1" for name in isas if name != "baseline"]
         python = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
         builds = [(DISPATCH, "once", have)]

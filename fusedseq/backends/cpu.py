@@ -28,7 +28,7 @@ except ImportError as error:
     _why_missing = f"the compiled core fusedseq._cpu does not load ({error})"
 else:
     _why_missing = ""
-    if config.settings.isa:
+    if config.settings.isa in _core.isas():  # a cap above what the machine has caps nothing
         _core.set_isa(config.settings.isa)
 
 _CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
