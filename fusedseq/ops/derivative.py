@@ -38,7 +38,7 @@ def scan(keys: Any, *args: Any) -> tuple[Tensor, ...]:
     """The Autograd kernel of `fusedseq::scan`."""
     if _dual(args):
         return _forward_mode(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
         cell, x, h0, c0, weights, *options = args
         with enable_single_level_autograd_function():
             return _Scan.apply(keys, cell, options, x, h0, c0, *weights)
@@ -49,7 +49,7 @@ def scan_backward(keys: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, list[T
     """The Autograd kernel of `fusedseq::scan_backward`."""
     if _dual(args):
         return _forward_mode_backward(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
         cell, weights, options = args[0], args[8], args[9:]
         with enable_single_level_autograd_function():
             dx, dh0, dc0, *dweights = _ScanBackward.apply(keys, cell, options, *args[1:8], *weights)
@@ -61,8 +61,11 @@ def _dual(args: tuple[Any, ...]) -> bool:
     """Some argument carries a tangent of the forward-mode level at hand."""
     if forward_ad._current_level < 0:
         return False
-    tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(t, Tensor)]
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args))
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    return [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(t, Tensor)]
 
 
 def _forward_mode(cell: str, x: Tensor, h0: Any, c0: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
