@@ -10,8 +10,8 @@ import sys
 import torch
 
 import fusedseq
-from fusedseq.bench.cases import FAMILIES, MODES, Work, cases
-from fusedseq.bench.timing import interleave
+from fusedseq.bench.cases import FAMILIES, MODES, Work, cases, operations
+from fusedseq.bench.timing import fma_peak, interleave
 
 
 def machine() -> str:
@@ -36,8 +36,10 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    peak = fma_peak(torch.get_num_threads())
     print(machine())
-    print(f"{'case':<38} {'ms torch.nn':>16} {'ms fusedseq':>16} {'ratio':>7}", flush=True)
+    print(f"of peak: our products over {peak / 1e9:.0f} GFLOP/s, this machine's multiply-adds on registers alone")
+    print(f"{'case':<38} {'ms torch.nn':>16} {'ms fusedseq':>16} {'ratio':>7} {'of peak':>8}", flush=True)
     ratios: dict[tuple[str, str], list[float]] = {}
     for case in cases(tuple(options.family), tuple(options.mode)):
         work = Work(case)
@@ -47,7 +49,8 @@ def main() -> int:
         ratio = theirs.median / ours.median
         ratios.setdefault((case.family, case.mode), []).append(ratio)
         times = " ".join(f"{1e3 * t.median:>9.3f} ±{100 * t.spread:>4.0f}%" for t in (theirs, ours))
-        print(f"{case!s:<38} {times} {ratio:>6.2f}x", flush=True)
+        reached = f"{100 * operations(case) / ours.median / peak:>7.0f}%" if peak else ""
+        print(f"{case!s:<38} {times} {ratio:>6.2f}x {reached}", flush=True)
 
     print("\ngeometric mean of the ratios (above 1: fusedseq is faster), and the smallest")
     for (family, mode), values in ratios.items():

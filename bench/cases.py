@@ -36,6 +36,15 @@ def cases(families: tuple[str, ...] = FAMILIES, modes: tuple[str, ...] = MODES) 
                 yield Case(family, mode, *size)
 
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def operations(case: Case) -> int:
+    """Floating-point operations of the matrix products; training counts three times a forward pass."""
+    products = 2 * case.T * case.B * GATES[case.family] * case.H * (case.I + case.H)
+    return products * (3 if case.mode == "training" else 1)
+
+
 class Work:
     """A case made concrete: `torch` and `fusedseq` are functions that do the same work, to be timed."""
 

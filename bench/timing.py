@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 
@@ -37,6 +38,21 @@ def interleave(
         for name, function in functions.items():
             samples[name].append(timed(function, calls[name]))
     return {name: summary(taken) for name, taken in samples.items()}
+
+
+def fma_peak(threads: int, rounds: int = 2_000_000) -> float:
+    """Float32 operations per second of `threads` cores on registers alone, the best of five; 0 without a core."""
+    try:
+        from fusedseq import _cpu
+    except ImportError:
+        return 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            operations = sum(pool.map(_cpu.multiply_adds, [rounds] * threads))
+            best = max(best, operations / (time.perf_counter() - start))
+    return best
 
 
 def summary(samples: list[float]) -> Timing:

@@ -129,6 +129,11 @@ void apply_math(int which, int dtype, uintptr_t x, uintptr_t y, int64_t n) {
   active->math(which, DType(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n);
 }
 
+int64_t multiply_adds(int64_t rounds) {
+  py::gil_scoped_release release;
+  return active->multiply_adds(rounds);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -143,4 +148,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   m.def("apply_math", &apply_math);
+  m.def("multiply_adds", &multiply_adds);
 }

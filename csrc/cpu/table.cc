@@ -1,6 +1,6 @@
 // The entry points of one ISA build.
 #include "cpu/families.h"
-#include "cpu/vec.h"
+#include "cpu/gemm.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -46,10 +46,25 @@ static void math(int which, DType dtype, const void* x, void* y, int64_t n) {
     apply(which, static_cast<const float*>(x), static_cast<float*>(y), n);
 }
 
+static int64_t multiply_adds(int64_t rounds) {
+  constexpr int kChains = tile_rows(kMaxPanel) * kMaxPanel;  // as many as a tile has
+  VecF acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = splat(float(i));
+  VecF x = splat(0.5f), y = splat(1.0f);
+  for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], x, y);
+  VecF sum{};
+  for (int i = 0; i < kChains; ++i) sum = sum + acc[i];
+  volatile float keep = sum[0];
+  (void)keep;
+  return rounds * kChains * kLanes<float> * 2;
+}
+
 #define FSQ_NAME_(x) #x
 #define FSQ_NAME(x) FSQ_NAME_(x)
 extern const CpuTable table;
-const CpuTable table = {FSQ_NAME(FSQ_ISA), forward, backward, math};
+const CpuTable table = {FSQ_NAME(FSQ_ISA), forward, backward, math, multiply_adds};
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq
