@@ -94,7 +94,7 @@ class ForwardScan {
     const int64_t n = vectors() * L, rows = chunk_steps() * p.B;
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
-      w.outs = arena.take<Out>(p.B * group_threads);
+      w.outs = arena.take<Out>(p.B * min64(p.threads, vectors()));  // groups may differ in threads
       w.w_ih = arena.take<S>(unpacked() ? 0 : G * n * p.I);
       w.w_hh = arena.take<S>(unpacked() ? 0 : G * n * p.R);
       w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * p.H : 0);

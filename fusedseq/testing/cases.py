@@ -64,6 +64,7 @@ T3B16I8H16-packed
 T5B9I5H47-bf-resets-nostate-expanded
 T11B3I13H3-lengths-resets-cells-proj2-permuted
 T4B24I6H40-bi-lengths-nobias-nostate
+T3B53I19H37-resets
 T8B4I32H32-packed-cells-proj11-nostate-sliced
 T6B12I9H72-bf-lengths-cells-x30
 T33B2I2H19-bi-packed-resets-proj5-permuted
