@@ -2,6 +2,8 @@
 
 from typing import TypeAlias
 
+from torch import Tensor
+
 _Address: TypeAlias = int | None
 _Rows: TypeAlias = tuple[int, int, int] | None  # address, stride over time, stride over the batch, in elements
 _Sizes: TypeAlias = tuple[int, int, int, int, int, int]  # T, B, I, H, R, D
@@ -53,5 +55,23 @@ def scan_backward(
     dweights: _Weights,
     /,
 ) -> None: ...
+
+class Step:
+    def __init__(
+        self, cell: int, dtype: int, sizes: _Sizes, x_stride: int, layers: int, bias: bool, projection: bool, /
+    ) -> None: ...
+    def __call__(
+        self,
+        threads: int,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        y: Tensor,
+        h_n: Tensor,
+        c_n: Tensor | None,
+        weights: list[Tensor],
+        /,
+    ) -> None: ...
+
 def apply_math(which: int, dtype: int, x: int, y: int, n: int, /) -> None: ...
 def multiply_adds(rounds: int, /) -> int: ...

@@ -74,6 +74,7 @@ _decisions: dict[tuple[str, ScanCall], Choice] = {}
 _warned: set[str] = set()
 _hooks: tuple[Callable[[Choice], None], ...] = ()
 _modules: dict[str, ModuleType] = {}
+_generation = 0
 
 
 class _Forced(threading.local):
@@ -91,6 +92,11 @@ def backends() -> dict[str, ModuleType]:
         for name in config.BACKENDS:
             _modules[name] = importlib.import_module(f"fusedseq.backends.{name}")
     return _modules
+
+
+def generation() -> tuple[int, str] | None:
+    """What a decision that is kept elsewhere holds for: compare before use. None while calls are being watched."""
+    return None if _hooks else (_generation, _forced.name)
 
 
 def forced() -> str:
@@ -204,6 +210,8 @@ class use_backend:
 
 def reload() -> None:
     """Read the environment again and forget all decisions, for processes that change their environment."""
+    global _generation
+    _generation += 1
     config.settings = config.load()
     _Forced.name = config.settings.backend or ""
     vars(_forced).pop("name", None)

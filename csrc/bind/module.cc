@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/step.h"
 #include "fusedseq.h"
 
 namespace py = pybind11;
@@ -147,6 +148,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "Uses the named row.");
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
+  py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled; called with tensors.")
+      .def(py::init<int, int, const py::tuple&, int64_t, int, bool, bool>())
+      .def("__call__", [](const Step& step, int threads, const py::handle& x, const py::handle& h0,
+                          const py::handle& c0, const py::handle& y, const py::handle& h_n, const py::handle& c_n,
+                          const py::handle& weights) { step.run(*active, threads, x, h0, c0, y, h_n, c_n, weights); });
   m.def("apply_math", &apply_math);
   m.def("multiply_adds", &multiply_adds);
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from fusedseq import ops
-from fusedseq.nn.scan import ArgumentErrors, foreign, record, refusal
+from fusedseq.nn.scan import ArgumentErrors, foreign, is_compiling, record, refusal
 from fusedseq.nn.twins import FUSED, Fused, TorchGRUCell, TorchLSTMCell, TorchRNNCell, TorchRNNCellBase
 
 if TYPE_CHECKING:
@@ -44,12 +44,20 @@ class CellModule(Fused, _Base):
         if len(shape) == 1 and (hx is None or hx.dim() == 1):
             return self._run(cell, input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)).squeeze(0)
         weights = self._weights()
+        compiling = is_compiling()
+        if not compiling and self._repeat is not None and hx is not None:
+            step = self._repeat(cell, input, hx, None, weights)
+            if step is not None:
+                return step[1]
         if foreign(weights):
             return super().forward(input, hx)
         try:
-            return ops.cell(cell, input, hx, None, weights)[0]
+            h = ops.cell(cell, input, hx, None, weights)[0]
         except ArgumentErrors as e:
             raise refusal(self, input, hx, e) from None
+        if not compiling and not torch.is_grad_enabled():
+            self._expect(cell, input, hx, None, weights, None)
+        return h
 
 
 class RNNCell(CellModule, TorchRNNCell):
@@ -118,12 +126,20 @@ class LSTMCell(CellModule, TorchLSTMCell):
             h, c = self.forward(input.unsqueeze(0), state)
             return h.squeeze(0), c.squeeze(0)
         weights = self._weights()
+        compiling = is_compiling()
+        if not compiling and self._repeat is not None and h is not None:
+            step = self._repeat("lstm", input, h, c, weights)
+            if step is not None:
+                return step[1:]
         if foreign(weights):
             return super().forward(input, hx)
         try:
-            return ops.cell("lstm", input, h, c, weights)
+            new = ops.cell("lstm", input, h, c, weights)
         except ArgumentErrors as e:
             raise refusal(self, input, hx, e) from None
+        if not compiling and not torch.is_grad_enabled():
+            self._expect("lstm", input, h, c, weights, None)
+        return new
 
 
 class GRUCell(CellModule, TorchGRUCell):

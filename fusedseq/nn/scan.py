@@ -17,6 +17,8 @@ from fusedseq.nn.twins import Fused, TorchLSTM, TorchRNNBase, base_name
 #: y, h_n, c_n, c_all: what one layer, or a stack of them, gives back.
 Scanned = tuple[Any, Tensor, Tensor | None, Any]
 
+is_compiling = torch.compiler.is_compiling
+
 ArgumentErrors = (ops.ArgumentValueError, ops.ArgumentTypeError)
 
 if TYPE_CHECKING:
@@ -101,6 +103,29 @@ class ScanModule(Fused, _Base):
         if len(shape) != 3:
             return self._run_unbatched(cell, input, hx, resets, lengths, cells)
         weights = self._weights()
+        plain = resets is None and lengths is None and not cells
+        if plain and shape[1 if self.batch_first else 0] == 1 and not is_compiling():
+            return self._step(cell, input, hx, weights)
+        return self._long_way(cell, input, hx, weights, resets, lengths, cells)
+
+    def _step(self, cell: str, input: Tensor, hx: Any, weights: list[Tensor]) -> Scanned:
+        """One step without options, as streams take them."""
+        layers, bidirectional = self.num_layers, bool(self.bidirectional)
+        h0, c0 = (hx, None) if cell != "lstm" or hx is None else self._pair(input, hx)
+        dropout = layers > 1 and self.training and self.dropout
+        if self._repeat is not None and h0 is not None and not dropout:
+            step = self._repeat(cell, input, h0, c0, weights)
+            if step is not None:
+                return (*step, None)
+        scanned = self._long_way(cell, input, hx, weights, None, None, False)
+        if not torch.is_grad_enabled() and not dropout:
+            self._expect(cell, input, h0, c0, weights, scanned[0], layers, bidirectional)
+        return scanned
+
+    def _long_way(
+        self, cell: str, input: Tensor, hx: Any, weights: list[Tensor], resets: Any, lengths: Any, cells: bool
+    ) -> Scanned:
+        shape = input.shape
         if foreign(weights) and resets is None and lengths is None and not cells:
             return self._stock_forward(input, hx)
         h0, c0 = (hx, None) if cell != "lstm" or hx is None else self._pair(input, hx)

@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
+
+from fusedseq import ops
+from fusedseq.ops import Repeat
 
 TorchRNNBase = torch.nn.RNNBase
 TorchRNN = torch.nn.RNN
@@ -24,8 +28,32 @@ TorchGRUCell = torch.nn.GRUCell
 FUSED: dict[type, type] = {}
 
 
+#: Kinds of steps that a module counts.
+_KINDS = 16
+
+
 class Fused:
     """What each of our modules adds to its torch.nn namesake for the sake of passing to and fro."""
+
+    # The step that the module is asked for again and again, once there is one, and how often steps of each kind took the
+    # long way.
+    _repeat: Repeat | None = None
+    _asked: dict[Any, int] | None = None
+
+    def _expect(
+        self, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], y: Tensor | None,
+        layers: int = 1, bidirectional: bool = False,
+    ) -> None:  # fmt: skip
+        """After a step without gradients: be ready for the next one, if this was not the first of its kind."""
+        kind = (cell, x.shape, x.dtype)
+        asked = self._asked
+        if asked is None or len(asked) > _KINDS:
+            asked = self.__dict__["_asked"] = {}
+        times = asked[kind] = asked.get(kind, 0) + 1
+        if times > 1 and not times & (times - 1):  # ever more seldom, where it turns out that nothing can be prepared
+            ready = ops.prepare(cell, x, h0, c0, weights, y, layers, bidirectional)
+            if ready is not None:
+                self.__dict__["_repeat"] = ready
 
     def beyond_torch(self) -> str | None:
         """The option in use that torch.nn lacks, or None if the namesake computes the same."""
@@ -91,7 +119,10 @@ def plain_class(module: torch.nn.Module) -> type:
 
 
 def settle(module: torch.nn.Module) -> None:
-    """Bring the weight list that torch's RNNs keep beside their parameters in line with the module's class."""
+    """Bring what a module keeps beside its parameters in line with its class."""
+    if not isinstance(module, Fused):
+        module.__dict__.pop("_repeat", None)
+        module.__dict__.pop("_asked", None)
     if not isinstance(module, TorchRNNBase):
         return
     if isinstance(module, Fused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedseq.ops.check import ArgumentTypeError, ArgumentValueError
+from fusedseq.ops.repeat import Repeat, prepare
 from fusedseq.ops.scan import cell, scan
 
-__all__ = ["ArgumentTypeError", "ArgumentValueError", "cell", "scan"]
+__all__ = ["ArgumentTypeError", "ArgumentValueError", "Repeat", "cell", "prepare", "scan"]

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from fusedseq import registry
 from fusedseq.ops import check, derivative, library
-from fusedseq.ops.autograd import Scan, as_scan
+from fusedseq.ops.autograd import Call, Scan, as_scan
 
 Output = tuple[Any, Tensor, Tensor | None, Tensor | None]
 
@@ -29,10 +29,10 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
-_autocasting = torch._C._is_any_autocast_enabled
+is_autocasting = torch._C._is_any_autocast_enabled
 
 
-def _ordinary(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+def is_ordinary(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Nothing transforms, traces or intercepts operators, and the tensors are what they seem, with data behind them."""
     if _interpreters() is not None or _dispatch_modes() or _function_modes() or _tracing_state() is not None:
         return False
@@ -101,7 +101,7 @@ def _run(
             cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, step,
             _is_grad_enabled() and _wants_grad(x, h0, c0, weights),
         )  # fmt: skip
-    ordinary = _ordinary(x, h0, c0, weights)
+    ordinary = is_ordinary(x, h0, c0, weights)
     if not ordinary or lengths is not None or batch_sizes is not None or resets is not None:
         check.types(x, h0, c0, weights, lengths, batch_sizes, resets, step)
     if not ordinary or forward_ad._current_level >= 0:
@@ -113,7 +113,7 @@ def _run(
             save and _tracing_state() is None,
         )  # fmt: skip
 
-    if _autocasting() and torch.is_autocast_enabled(x.device.type):
+    if is_autocasting() and torch.is_autocast_enabled(x.device.type):
         x, h0, c0, weights = library.autocast(x.device.type, x, h0, c0, weights)
     batch = 0 if batch_sizes is None else _packed_batch(h0, batch_sizes)
     sizes = check.scan(
@@ -124,10 +124,10 @@ def _run(
     grad = _is_grad_enabled() and _wants_grad(x, h0, c0, weights)
     backend = registry.choose(registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, grad))
     if grad:
-        return Scan.apply(
-            backend, cell, bidirectional, batch_first, lengths, batch_sizes, resets, cells, sizes.B, step, x, h0, c0,
-            *weights,
+        call = Call(
+            backend, cell, bidirectional, batch_first, lengths, batch_sizes, resets, cells, sizes.B, step
         )  # fmt: skip
+        return Scan.apply(call, x, h0, c0, *weights)
     if step:
         h_new, c_new, _ = backend.cell_forward(cell, x, h0, c0, weights, False)
         return None, h_new, c_new, None
