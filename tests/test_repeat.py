@@ -1,4 +1,4 @@
-"""Steps that repeat take a short way past all checks. It must give the long way's bits and give way to whatever watches."""
+"""Steps that repeat take a short way past all checks: with the same bits, and only where nothing watches."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_weights_are_read_anew():
         module.weight_hh.data = torch.zeros_like(module.weight_hh)
         assert not torch.equal(before, module(x, h))
         module.bias_ih.data = torch.zeros(3 * H + 1)
-        with pytest.raises(RuntimeError, match="bias|shape|size"):
+        with pytest.raises(RuntimeError, match=r"bias|shape|size"):
             module(x, h)
         module.bias_ih.data = torch.zeros(6 * H)[::2]
         expected = torch.nn.GRUCell(I, H)

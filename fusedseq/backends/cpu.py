@@ -198,7 +198,8 @@ def step(
 ) -> Callable[[int, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Sequence[Tensor]], None] | None:
     """One step of a stack of layers without gradients, for calls that repeat; x is [B, I]. None: strides too unusual.
 
-    What comes back takes threads, x, h0, c0, y, h_n, c_n and weights of the very same shapes and strides, all dense but x.
+    What comes back takes threads, x, h0, c0, y, h_n, c_n and weights of the very same shapes and strides. All but x are
+    dense.
     """
     directions = 2 if bidirectional else 1
     per = len(weights) // (layers * directions)

@@ -35,8 +35,8 @@ _KINDS = 16
 class Fused:
     """What each of our modules adds to its torch.nn namesake for the sake of passing to and fro."""
 
-    # The step that the module is asked for again and again, once there is one, and how often steps of each kind took the
-    # long way.
+    # The step that the module is asked for again and again, once there is one, and how often steps of each kind took
+    # the long way.
     _repeat: Repeat | None = None
     _asked: dict[Any, int] | None = None
 

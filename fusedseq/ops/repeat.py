@@ -2,8 +2,8 @@
 
 A streaming step is a few microseconds of arithmetic, and checking its arguments in Python takes longer. TorchDynamo has
 a guard in C++ that compares type, dispatch keys, dtype, device, sizes and strides of a list of tensors with those
-recorded; the keys tell whether autograd, autocast, a transform or a mode would have to see the call. Where that guard is
-missing (it is not public), nothing repeats and every call takes the long way.
+recorded; the keys tell whether autocast, a transform or a mode would have to see the call. Where that guard is missing
+(it is not public), nothing repeats and every call takes the long way.
 """
 
 from __future__ import annotations
