@@ -13,8 +13,10 @@ struct Stored {
   int64_t at;
 };
 
-template <Cell C, class S>
+template <Cell C, class P>
 class ChunkGrads {
+  typedef typename P::Sum S;
+  typedef typename P::Value Value;
   typedef Vec<S> V;
   static constexpr int L = kLanes<S>;
   static constexpr int G = gate_count(C);
@@ -24,17 +26,18 @@ class ChunkGrads {
  public:
   ChunkGrads(const ScanGradParams& p, const Layout& lay) : p(p), f(p.fwd), lay(lay) {}
 
-  int64_t gate_pitch() const { return round_up(kColumns * f.H, L) + L; }
+  int64_t gate_columns() const { return kColumns * f.H; }
+  int64_t gate_pitch() const { return round_up(gate_columns(), L) + L; }
   int64_t state_row_pitch() const { return state_pitch<S>(f.R); }
   // About 512 rows: enough that adding to the weight gradients costs little, few enough to stay in cache.
   int64_t chunk_steps() const { return max64(1, min64(f.T, 512 / max64(f.B, 1))); }
   int64_t chunk_rows() const { return chunk_steps() * f.B; }
 
   void place(Arena& arena, int g) {
-    const int64_t rows = chunk_rows();
+    const int64_t rows = words<P>(chunk_rows());
     Work& w = work[g];
-    w.w_ih = arena.take<S>(p.dx.data ? G * f.H * padded(f.I) : 0);
-    w.dx = arena.take<S>(p.dx.data ? rows * padded(f.I) : 0);
+    w.w_ih = arena.take<S>(p.dx.data ? words<P>(G * f.H) * padded(f.I) : 0);
+    w.dx = arena.take<S>(p.dx.data ? chunk_rows() * padded(f.I) : 0);
     w.left = arena.take<S>(wanted() ? rows * kColumns * f.H : 0);
     w.left_hr = arena.take<S>(wanted() && projected() ? rows * f.R : 0);
     w.x = arena.take<S>(wanted() ? rows * padded(f.I) : 0);
@@ -52,12 +55,13 @@ class ChunkGrads {
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       const int64_t v = k * kMaxPanel, vectors = padded(f.I) / L;
       const int u = int(min64(kMaxPanel, vectors - v));
-      prepare_columns(f, work[s.group].w_ih, f.w_ih[d], G * f.H, f.I, v, u);
+      prepare_columns<P>(f, work[s.group].w_ih, f.w_ih[d], G * f.H, f.I, v, u);
     }
   }
 
   // Called by all threads of a group with the gate gradients dg (and for a projection dh) of steps [t0, t1) complete.
-  void chunk(const Share& s, Barrier& group, int64_t d, int64_t t0, int64_t t1, bool first, const S* dg, const S* dh) {
+  void chunk(const Share& s, Barrier& group, int64_t d, int64_t t0, int64_t t1, bool first, const Value* dg,
+             const Value* dh) {
     const Work& w = work[s.group];
     const int64_t rows = lay.offset(t1) - lay.offset(t0);
     if (wanted()) {
@@ -133,31 +137,35 @@ class ChunkGrads {
     return static_cast<const S*>(f.reserve) + (d * rows + lay.offset(t) + j) * saved_values(C) * f.H;
   }
 
-  // A vector of row k into the panels of an operand `width` wide: panel of vector v at v * L * rows.
-  static S* panel_at(S* base, int64_t rows, int64_t width, int64_t k, int64_t v) {
+  // A vector of row k into the panels of an operand `width` wide and `rows` words long: panel of vector v at v * L *
+  // rows.
+  static void put_right(S* base, int64_t rows, int64_t width, int64_t k, int64_t v, V value) {
     const int64_t vectors = padded(width) / L, first = v / kMaxPanel * kMaxPanel;
-    return base + first * L * rows + (k * min64(kMaxPanel, vectors - first) + v - first) * L;
+    const int64_t word = k / P::per_word * min64(kMaxPanel, vectors - first) + v - first;
+    put_row<P>(base + first * L * rows + word * L, k, value);
   }
 
   // Right operands of the weight gradients, in panels: x, the states before each step, and o tanh(c) for a projection.
   void pack_right(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows) const {
-    lay.for_rows(t0, t1, split(rows, s.thread, s.threads), [&](int64_t t, int64_t j, int64_t k) {
+    const int64_t n = words<P>(rows);
+    Range mine = split(n, s.thread, s.threads);  // whole words
+    mine = {mine.begin * P::per_word, min64(mine.end * P::per_word, rows)};
+    lay.for_rows(t0, t1, mine, [&](int64_t t, int64_t j, int64_t k) {
       for (int64_t v = 0; v * L < f.I; ++v)
-        store(panel_at(w.x, rows, f.I, k, v), load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
+        put_right(w.x, n, f.I, k, v, load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
       const Stored h = state_before(d, t, j);
       for (int64_t v = 0; v * L < f.R; ++v) {
         const V before = h.data ? load_as<S>(h.data, f.dtype, h.at + v * L, f.R - v * L) : V{};
-        store(panel_at(w.h, rows, f.R, k, v), before);
+        put_right(w.h, n, f.R, k, v, before);
         if constexpr (C == Cell::gru_reset_before)  // W_hn was multiplied with r h
-          store(panel_at(w.h + rows * padded(f.R), rows, f.R, k, v),
-                before * load_n(saved(d, t, j) + v * L, f.H - v * L));
+          put_right(w.h + n * padded(f.R), n, f.R, k, v, before * load_n(saved(d, t, j) + v * L, f.H - v * L));
       }
       if constexpr (C == Cell::lstm) {
         if (!projected()) return;
         const S* row = saved(d, t, j);
         for (int64_t v = 0; v * L < f.H; ++v) {
           const V o = load_n(row + 3 * f.H + v * L, f.H - v * L), c = load_n(row + 4 * f.H + v * L, f.H - v * L);
-          store(panel_at(w.m, rows, f.H, k, v), o * Activations().state(c));
+          put_right(w.m, n, f.H, k, v, o * Activations().state(c));
         }
       }
     });
@@ -172,30 +180,45 @@ class ChunkGrads {
 
   // dw[i][.] (+)= sum over rows k of left[k][begin + i] * right[k][.], for every right operand. `scratch` takes the
   // left operand cut into tiles, each transposed.
-  void outer(const S* left, int64_t pitch, Range columns, int64_t rows, const Right* rights, int count, bool first,
+  void outer(const Value* left, int64_t pitch, Range columns, int64_t rows, const Right* rights, int count, bool first,
              S* scratch) const {
-    const int64_t tiles = (columns.size() + kTall - 1) / kTall;
+    const int64_t tiles = (columns.size() + kTall - 1) / kTall, n = words<P>(rows);
     for (int64_t t = 0; t < tiles; ++t) {
       const Range r = split(columns.size(), int(t), int(tiles));
-      S* a = scratch + r.begin * rows;
-      const S* from = left + columns.begin + r.begin;
-      for (int64_t k = 0; k < rows; ++k)
+      S* a = scratch + r.begin * n;
+      const Value* from = left + columns.begin + r.begin;
+      for (int64_t k = 0; k < n; ++k)
         for (int64_t i = 0; i < r.size(); i += L)
-          store_n(a + k * r.size() + i, load_n(from + k * pitch + i, r.size() - i), r.size() - i);
+          store_n(a + k * r.size() + i, word_of_rows(from + i, pitch, k, rows, r.size() - i), r.size() - i);
     }
     for (const Right* right = rights; right != rights + count; ++right)
       for_panels(0, padded(right->width) / L, kMaxPanel, [&](int64_t v, int u) {
         for (int64_t t = 0; t < tiles; ++t)
-          outer_tile(*right, split(columns.size(), int(t), int(tiles)), rows, v, u, first, scratch);
+          outer_tile(*right, split(columns.size(), int(t), int(tiles)), n, v, u, first, scratch);
       });
   }
+  // Word k along the rows of a left operand, for m columns.
+  static V word_of_rows(const Value* from, int64_t pitch, int64_t k, int64_t rows, int64_t m) {
+    if constexpr (P::per_word == 1) return load_n(from + k * pitch, m);
+#if FSQ_BF16_PAIRS
+    else {
+      const __mmask16 mask = m >= 16 ? __mmask16(~0) : __mmask16((1u << m) - 1);
+      const Value* const a = from + 2 * k * pitch;
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
+      if (2 * k + 1 == rows) return (V)low;
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + pitch));
+      return (V)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+#endif
+  }
 
-  void outer_tile(const Right& right, Range r, int64_t rows, int64_t v, int u, bool first, const S* scratch) const {
+  // n words of rows.
+  void outer_tile(const Right& right, Range r, int64_t n, int64_t v, int u, bool first, const S* scratch) const {
     alignas(64) S sums[kMaxTile * kMaxPanel * L];
     alignas(64) static const S zero[kMaxPanel * L] = {};
     const int m = int(r.size());
-    multiply(
-        Tile<S>{m, u, scratch + r.begin * rows, 1, m, right.panels + v * L * rows, u * L, rows, zero, 0, sums, u * L});
+    multiply(Tile<P>{m, u, reinterpret_cast<const Value*>(scratch + r.begin * n), P::per_word, m * P::per_word,
+                     right.panels + v * L * n, u * L, n, zero, 0, sums, u * L});
     for (int i = 0; i < m; ++i)
       for (int k = 0; k < u; ++k) {
         const int64_t c = (v + k) * L;
@@ -205,9 +228,9 @@ class ChunkGrads {
       }
   }
 
-  void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const S* dg,
-                    const S* dh) const {
-    const int64_t H = f.H;
+  void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const Value* dg,
+                    const Value* dh) const {
+    const int64_t H = f.H, n_words = words<P>(rows);
     const Range mine = split(kColumns * H, s.thread, s.threads);
     // Columns [begin, end) of the gate gradients with the rows of dw_ih and dw_hh they belong to, -1 for none.
     const auto segment = [&](int64_t begin, int64_t end, int64_t row_ih, int64_t row_hh, const S* state) {
@@ -218,7 +241,7 @@ class ChunkGrads {
       const int64_t at = c.begin - begin;
       if (row_ih >= 0) rights[n++] = {w.x, f.I, static_cast<S*>(p.dw_ih[d]) + (row_ih + at) * f.I};
       if (row_hh >= 0) rights[n++] = {state, f.R, static_cast<S*>(p.dw_hh[d]) + (row_hh + at) * f.R};
-      outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + c.begin * rows);
+      outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + c.begin * n_words);
     };
     if constexpr (C == Cell::gru) {
       segment(0, 2 * H, 0, 0, w.h);
@@ -226,41 +249,42 @@ class ChunkGrads {
       segment(3 * H, 4 * H, -1, 2 * H, w.h);
     } else if constexpr (C == Cell::gru_reset_before) {
       segment(0, 2 * H, 0, 0, w.h);
-      segment(2 * H, 3 * H, 2 * H, 2 * H, w.h + rows * padded(f.R));
+      segment(2 * H, 3 * H, 2 * H, 2 * H, w.h + n_words * padded(f.R));
     } else {
       segment(0, G * H, 0, 0, w.h);
     }
     if (projected()) {
       const Range part = split(f.R, s.thread, s.threads);
       const Right right = {w.m, H, static_cast<S*>(p.dw_hr[d]) + part.begin * H};
-      outer(dh, state_row_pitch(), part, rows, &right, 1, first, w.left_hr + part.begin * rows);
+      outer(dh, state_row_pitch(), part, rows, &right, 1, first, w.left_hr + part.begin * n_words);
     }
     if (p.db_ih[d]) bias_grads(s, w, rows, first, dg);
   }
 
-  void bias_grads(const Share& s, const Work& w, int64_t rows, bool first, const S* dg) const {
+  void bias_grads(const Share& s, const Work& w, int64_t rows, bool first, const Value* dg) const {
     const Range mine = split((kColumns * f.H + L - 1) / L, s.thread, s.threads);
     for (int64_t v = mine.begin; v < mine.end; ++v) {
       // Four chains, and each chunk summed on its own: faster, and closer to the truth over long sequences.
       V sum[4] = {};
-      const S* column = dg + v * L;
+      const Value* column = dg + v * L;
       int64_t k = 0;
       for (; k + 4 <= rows; k += 4)
-        for (int i = 0; i < 4; ++i) sum[i] = sum[i] + load(column + (k + i) * gate_pitch());
-      for (; k < rows; ++k) sum[0] = sum[0] + load(column + k * gate_pitch());
+        for (int i = 0; i < 4; ++i) sum[i] = sum[i] + load_values<P>(column + (k + i) * gate_pitch(), L);
+      for (; k < rows; ++k) sum[0] = sum[0] + load_values<P>(column + k * gate_pitch(), L);
       const V chunk = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       store(w.db + v * L, first ? chunk : load(w.db + v * L) + chunk);
     }
   }
 
-  void input_grads(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows, const S* dg) const {
+  void input_grads(const Share& s, const Work& w, int64_t d, int64_t t0, int64_t t1, int64_t rows,
+                   const Value* dg) const {
     const int64_t pitch = padded(f.I);
     const Range mine = split(rows, s.thread, s.threads);
     alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(0, pitch / L, kMaxPanel, [&](int64_t v, int u) {
-      const Columns<S> b = columns(f, w.w_ih, f.w_ih[d], G * f.H, f.I, v, u);
-      multiply_panel(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), G * f.H, b.b, b.pitch, u, zero, 0,
-                     w.dx + mine.begin * pitch + v * L, pitch);
+      const Columns<S> b = columns<P>(f, w.w_ih, f.w_ih[d], G * f.H, f.I, v, u);
+      multiply_panel<P>(dg + mine.begin * gate_pitch(), gate_pitch(), mine.size(), words<P>(G * f.H), b.b, b.pitch, u,
+                        zero, 0, w.dx + mine.begin * pitch + v * L, pitch);
     });
     lay.for_rows(t0, t1, mine, [&](int64_t t, int64_t j, int64_t k) {
       if (f.D > 1)

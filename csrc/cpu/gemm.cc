@@ -6,24 +6,26 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-template <int NV, int M, class S>
-FSQ_INLINE void accumulate(Vec<S> (&acc)[M][NV], const S* a, int64_t row, int64_t step, const S* b, int64_t pitch,
-                           int64_t K) {
+template <class P, int NV, int M>
+FSQ_INLINE void accumulate(Vec<typename P::Sum> (&acc)[M][NV], const typename P::Value* a, int64_t row, int64_t step,
+                           const typename P::Sum* b, int64_t pitch, int64_t K) {
+  typedef Vec<typename P::Sum> V;
   for (; K > 0; --K, b += pitch, a += step) {
-    Vec<S> x[M];
+    V x[M];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) x[r] = splat(a[r * row]);
+    for (int r = 0; r < M; ++r) x[r] = splat_word<P>(a + r * row);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const Vec<S> w = load(b + v * kLanes<S>);
+      const V w = load(b + v * kLanes<typename P::Sum>);
 #pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
+      for (int r = 0; r < M; ++r) acc[r][v] = multiply_add<P>(x[r], w, acc[r][v]);
     }
   }
 }
 
-template <class S, int NV, int M>
-static void tile(const Tile<S>& t) {
+template <class P, int NV, int M>
+static void tile(const Tile<P>& t) {
+  typedef typename P::Sum S;
   constexpr int L = kLanes<S>;
   Vec<S> acc[M][NV];
   const S* in = t.in;
@@ -31,8 +33,8 @@ static void tile(const Tile<S>& t) {
   for (int r = 0; r < M; ++r, in += t.in_pitch)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = load(in + v * L);
-  accumulate<NV, M, S>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K);
-  if (t.K2 > 0) accumulate<NV, M, S>(acc, t.a2, t.row2, 1, t.b2, t.b2_pitch, t.K2);
+  accumulate<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K);
+  if (t.K2 > 0) accumulate<P, NV, M>(acc, t.a2, t.row2, P::per_word, t.b2, t.b2_pitch, t.K2);
   S* out = t.out;
   const int64_t out_pitch = t.out_pitch;
 #pragma GCC unroll 8
@@ -41,34 +43,36 @@ static void tile(const Tile<S>& t) {
     for (int v = 0; v < NV; ++v) store(out + v * L, acc[r][v]);
 }
 
-template <class S, int NV, int M>
-static void tile_of_height(const Tile<S>& t) {
-  if (t.m == M) return tile<S, NV, M>(t);
-  if constexpr (M > 1) tile_of_height<S, NV, M - 1>(t);
+template <class P, int NV, int M>
+static void tile_of_height(const Tile<P>& t) {
+  if (t.m == M) return tile<P, NV, M>(t);
+  if constexpr (M > 1) tile_of_height<P, NV, M - 1>(t);
 }
 
-template <class S>
-void multiply(const Tile<S>& t) {
+template <class P>
+void multiply(const Tile<P>& t) {
   switch (t.nv) {
     case 1:
-      return tile_of_height<S, 1, tile_rows(1)>(t);
+      return tile_of_height<P, 1, tile_rows(1)>(t);
     case 2:
-      return tile_of_height<S, 2, tile_rows(2)>(t);
+      return tile_of_height<P, 2, tile_rows(2)>(t);
     case 3:
-      return tile_of_height<S, 3, tile_rows(3)>(t);
+      return tile_of_height<P, 3, tile_rows(3)>(t);
     default:
-      return tile_of_height<S, 4, tile_rows(4)>(t);
+      return tile_of_height<P, 4, tile_rows(4)>(t);
   }
 }
 
-template <class S>
-void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int64_t b_pitch, int nv, const S* in,
-                    int64_t in_pitch, S* c, int64_t ldc) {
+template <class P>
+void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64_t K, const typename P::Sum* b,
+                    int64_t b_pitch, int nv, const typename P::Sum* in, int64_t in_pitch, typename P::Sum* c,
+                    int64_t ldc) {
   constexpr int64_t kBlock = 512;
   for (int64_t k = 0; k == 0 || k < K; k += kBlock) {
     for_row_tiles(rows, nv, [&](int64_t r, int m) {
-      multiply(Tile<S>{m, nv, a + r * lda + k, lda, 1, b + k * b_pitch, b_pitch, min64(kBlock, K - k),
-                       k > 0 ? c + r * ldc : in + r * in_pitch, k > 0 ? ldc : in_pitch, c + r * ldc, ldc});
+      multiply(Tile<P>{m, nv, a + r * lda + k * P::per_word, lda, P::per_word, b + k * b_pitch, b_pitch,
+                       min64(kBlock, K - k), k > 0 ? c + r * ldc : in + r * in_pitch, k > 0 ? ldc : in_pitch,
+                       c + r * ldc, ldc});
     });
   }
 }
@@ -188,49 +192,60 @@ void dots(const Dots<S>& d) {
   }
 }
 
-// dst[k * pitch + lane] = w[(row0 + lane) * K + k] for `count` rows, zero for the other lanes.
-template <class S>
-static void pack_transposed(S* dst, int64_t pitch, const void* w, DType dtype, int64_t row0, int64_t count, int64_t K) {
+// dst[k * pitch + lane] = word k of row row0 + lane of w for `count` rows, zero for the other lanes.
+template <class P>
+static void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, int64_t row0,
+                            int64_t count, int64_t K) {
+  typedef typename P::Sum S;
   constexpr int L = kLanes<S>;
-  for (int64_t k = 0; k < K; k += L) {
-    const int64_t n = min64(L, K - k);
+  for (int64_t k = 0; k < words<P>(K); k += L) {
+    const int64_t n = min64(L, words<P>(K) - k), value = k * P::per_word;
     Vec<S> rows[L];
-    for (int i = 0; i < L; ++i) rows[i] = i < count ? load_as<S>(w, dtype, (row0 + i) * K + k, n) : Vec<S>{};
+    for (int i = 0; i < L; ++i)
+      rows[i] = i < count ? load_words<P>(w, dtype, (row0 + i) * K + value, n, K - value) : Vec<S>{};
     transpose<S>(rows);
     for (int i = 0; i < n; ++i) store(dst + (k + i) * pitch, rows[i]);
   }
 }
 
-template <class S>
-void pack_gates(S* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0, int64_t K) {
-  constexpr int L = kLanes<S>;
+template <class P>
+void pack_gates(typename P::Sum* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0,
+                int64_t K) {
+  constexpr int L = kLanes<typename P::Sum>;
   for (int g = 0; g < ng; ++g)
     for (int i = 0; i < u; ++i) {
       const int64_t unit = unit0 + i * L;
-      pack_transposed<S>(dst + (g * u + i) * L, ng * u * L, w, dtype, (gate0 + g) * H + unit,
+      pack_transposed<P>(dst + (g * u + i) * L, ng * u * L, w, dtype, (gate0 + g) * H + unit,
                          min64(L, max64(0, H - unit)), K);
     }
 }
 
-template <class S>
-void pack_columns(S* dst, int nv, const void* w, DType dtype, int64_t N, int64_t col0, int64_t row0, int64_t K) {
+template <class P>
+void pack_columns(typename P::Sum* dst, int nv, const void* w, DType dtype, int64_t N, int64_t col0, int64_t row0,
+                  int64_t K) {
+  typedef typename P::Sum S;
   constexpr int L = kLanes<S>;
   for (int64_t k = 0; k < K; ++k)
     for (int v = 0; v < nv; ++v) {
       const int64_t c = col0 + v * L;
-      store(dst + (k * nv + v) * L, c < N ? load_as<S>(w, dtype, (row0 + k) * N + c, N - c) : Vec<S>{});
+      put_row<P>(dst + (k / P::per_word * nv + v) * L, k,
+                 c < N ? load_as<S>(w, dtype, (row0 + k) * N + c, N - c) : Vec<S>{});
     }
 }
 
-#define FSQ_INSTANTIATE(S)                                                                                            \
-  template void multiply<S>(const Tile<S>&);                                                                          \
-  template void multiply_panel<S>(const S*, int64_t, int64_t, int64_t, const S*, int64_t, int, const S*, int64_t, S*, \
-                                  int64_t);                                                                           \
-  template void dots<S>(const Dots<S>&);                                                                              \
-  template void pack_gates<S>(S*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);                      \
-  template void pack_columns<S>(S*, int, const void*, DType, int64_t, int64_t, int64_t, int64_t);
-FSQ_INSTANTIATE(float)
-FSQ_INSTANTIATE(double)
+#define FSQ_INSTANTIATE(P)                                                                                 \
+  template void multiply<P>(const Tile<P>&);                                                               \
+  template void multiply_panel<P>(const P::Value*, int64_t, int64_t, int64_t, const P::Sum*, int64_t, int, \
+                                  const P::Sum*, int64_t, P::Sum*, int64_t);                               \
+  template void pack_gates<P>(P::Sum*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);      \
+  template void pack_columns<P>(P::Sum*, int, const void*, DType, int64_t, int64_t, int64_t, int64_t);
+FSQ_INSTANTIATE(Whole<float>)
+FSQ_INSTANTIATE(Whole<double>)
+#if FSQ_BF16_PAIRS
+FSQ_INSTANTIATE(Bf16Pairs)
+#endif
+template void dots<float>(const Dots<float>&);
+template void dots<double>(const Dots<double>&);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -5,7 +5,7 @@
 // one chain of fused multiply-adds in the order of k, whatever the tile, so that a row's result does not depend on
 // how many rows there are.
 #pragma once
-#include "cpu/vec.h"
+#include "cpu/operand.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -22,13 +22,15 @@ constexpr int tile_rows(int nv) {
 #endif
 }
 
-// One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k * b_pitch][v]. `in` and `out` have rows of nv
-// vectors, their pitches in values; in_pitch 0 repeats one row (a bias); b_pitch is that of a panel, or of a matrix
-// used as it lies in memory.
-template <class S>
+// One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k * b_pitch][v], k counting words. `in` and `out`
+// have rows of nv vectors; in_pitch 0 repeats one row (a bias); b_pitch is that of a panel, or of a matrix used as it
+// lies in memory; row and step count values.
+template <class P>
 struct Tile {
+  typedef typename P::Sum S;
+  typedef typename P::Value Value;
   int m, nv;
-  const S* a;
+  const Value* a;
   int64_t row, step;
   const S* b;
   int64_t b_pitch, K;
@@ -36,14 +38,14 @@ struct Tile {
   int64_t in_pitch;
   S* out;
   int64_t out_pitch;
-  // A second product onto the same sums, after the first: a2 (step 1) times b2.
-  const S* a2 = nullptr;
+  // A second product onto the same sums, after the first: a2 (step: one word) times b2.
+  const Value* a2 = nullptr;
   int64_t row2 = 0;
   const S* b2 = nullptr;
   int64_t b2_pitch = 0, K2 = 0;
 };
-template <class S>
-void multiply(const Tile<S>& t);
+template <class P>
+void multiply(const Tile<P>& t);
 
 // Calls f(first row, count) over n rows in tiles of nearly equal height for panels of nv vectors.
 template <class F>
@@ -62,10 +64,12 @@ FSQ_INLINE void for_panels(int64_t begin, int64_t end, int widest, F f) {
   for (int64_t v = begin; v < end; v += widest) f(v, int(end - v < widest ? end - v : widest));
 }
 
-// All rows of one panel: c = in + A B. K is walked in blocks, so that a tile's rows of A stay in the first-level cache.
-template <class S>
-void multiply_panel(const S* a, int64_t lda, int64_t rows, int64_t K, const S* b, int64_t b_pitch, int nv, const S* in,
-                    int64_t in_pitch, S* c, int64_t ldc);
+// All rows of one panel: c = in + A B with K words. K is walked in blocks, so that a tile's rows of A stay in the
+// first-level cache.
+template <class P>
+void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64_t K, const typename P::Sum* b,
+                    int64_t b_pitch, int nv, const typename P::Sum* in, int64_t in_pitch, typename P::Sum* c,
+                    int64_t ldc);
 
 // Dot products with rows of a weight as it lies in memory, for scans too short to pay for packing:
 // out[i][lane] = in[i][lane] + sum_k a[i * lda + k] * w[(row0 + lane) * K + k], lane < count; the other lanes get `in`.
@@ -86,13 +90,15 @@ template <class S>
 void dots(const Dots<S>& d);
 
 // A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past
-// H are zero.
-template <class S>
-void pack_gates(S* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0, int64_t K);
+// H are zero. K counts values, here and below.
+template <class P>
+void pack_gates(typename P::Sum* dst, int ng, int u, const void* w, DType dtype, int gate0, int64_t H, int64_t unit0,
+                int64_t K);
 
 // A panel of nv vectors for C = A W with W [K, N]: columns col0... of rows row0..row0+K; columns past N are zero.
-template <class S>
-void pack_columns(S* dst, int nv, const void* w, DType dtype, int64_t N, int64_t col0, int64_t row0, int64_t K);
+template <class P>
+void pack_columns(typename P::Sum* dst, int nv, const void* w, DType dtype, int64_t N, int64_t col0, int64_t row0,
+                  int64_t K);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -6,13 +6,11 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 Status gru_reset_before_forward(const ScanParams& p) {
-  if (p.dtype == DType::f64) return ForwardScan<Cell::gru_reset_before, double>(p).run();
-  return ForwardScan<Cell::gru_reset_before, float>(p).run();
+  return with_operands(p, [&](auto kind) { return ForwardScan<Cell::gru_reset_before, decltype(kind)>(p).run(); });
 }
 
 Status gru_reset_before_backward(const ScanGradParams& p) {
-  if (p.fwd.dtype == DType::f64) return BackwardScan<Cell::gru_reset_before, double>(p).run();
-  return BackwardScan<Cell::gru_reset_before, float>(p).run();
+  return with_operands(p.fwd, [&](auto kind) { return BackwardScan<Cell::gru_reset_before, decltype(kind)>(p).run(); });
 }
 
 }  // namespace FSQ_ISA

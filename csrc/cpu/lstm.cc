@@ -6,13 +6,11 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 Status lstm_forward(const ScanParams& p) {
-  if (p.dtype == DType::f64) return ForwardScan<Cell::lstm, double>(p).run();
-  return ForwardScan<Cell::lstm, float>(p).run();
+  return with_operands(p, [&](auto kind) { return ForwardScan<Cell::lstm, decltype(kind)>(p).run(); });
 }
 
 Status lstm_backward(const ScanGradParams& p) {
-  if (p.fwd.dtype == DType::f64) return BackwardScan<Cell::lstm, double>(p).run();
-  return BackwardScan<Cell::lstm, float>(p).run();
+  return with_operands(p.fwd, [&](auto kind) { return BackwardScan<Cell::lstm, decltype(kind)>(p).run(); });
 }
 
 }  // namespace FSQ_ISA

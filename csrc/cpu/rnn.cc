@@ -5,22 +5,22 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-template <class S>
+template <Cell C>
 static Status forward(const ScanParams& p) {
-  if (p.cell == Cell::rnn_relu) return ForwardScan<Cell::rnn_relu, S>(p).run();
-  return ForwardScan<Cell::rnn_tanh, S>(p).run();
+  return with_operands(p, [&](auto kind) { return ForwardScan<C, decltype(kind)>(p).run(); });
 }
 
-template <class S>
+template <Cell C>
 static Status backward(const ScanGradParams& p) {
-  if (p.fwd.cell == Cell::rnn_relu) return BackwardScan<Cell::rnn_relu, S>(p).run();
-  return BackwardScan<Cell::rnn_tanh, S>(p).run();
+  return with_operands(p.fwd, [&](auto kind) { return BackwardScan<C, decltype(kind)>(p).run(); });
 }
 
-Status rnn_forward(const ScanParams& p) { return p.dtype == DType::f64 ? forward<double>(p) : forward<float>(p); }
+Status rnn_forward(const ScanParams& p) {
+  return p.cell == Cell::rnn_relu ? forward<Cell::rnn_relu>(p) : forward<Cell::rnn_tanh>(p);
+}
 
 Status rnn_backward(const ScanGradParams& p) {
-  return p.fwd.dtype == DType::f64 ? backward<double>(p) : backward<float>(p);
+  return p.fwd.cell == Cell::rnn_relu ? backward<Cell::rnn_relu>(p) : backward<Cell::rnn_tanh>(p);
 }
 
 }  // namespace FSQ_ISA

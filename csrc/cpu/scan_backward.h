@@ -10,8 +10,10 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-template <Cell C, class S>
+template <Cell C, class P>
 class BackwardScan {
+  typedef typename P::Sum S;
+  typedef typename P::Value Value;
   typedef Vec<S> V;
   static constexpr int L = kLanes<S>;
   static constexpr int kSaved = saved_values(C);
@@ -42,7 +44,8 @@ class BackwardScan {
 
  private:
   struct Work {  // scratch of one group
-    S *w_hh, *w_hr, *dg, *edge, *dh, *dc, *carry;
+    S *w_hh, *w_hr, *dc, *carry;
+    Value *dg, *edge, *dh;  // of a chunk; of the step after it
   };
 
   const ScanGradParams& p;
@@ -51,7 +54,7 @@ class BackwardScan {
   Arena arena;
   Barrier* barriers = nullptr;
   Work work[kMaxDirections];
-  ChunkGrads<C, S> grads;
+  ChunkGrads<C, P> grads;
   const Activations act{};
 
   int64_t vectors() const { return (f.H + L - 1) / L; }
@@ -62,8 +65,8 @@ class BackwardScan {
   bool projected() const { return f.w_hr[0] != nullptr; }
 
   Share share(int thread, int count) const {
-    return plan(thread, count, f.D, f.B, vectors(), 1, 4 * gate_count(C) * f.H, f.T, !f.lengths && !f.batch_sizes,
-                FSQ_VECTOR_BYTES);
+    return plan(thread, count, f.D, f.B, vectors(), 1, 4 * words<P>(gate_count(C) * f.H), f.T,
+                !f.lengths && !f.batch_sizes, FSQ_VECTOR_BYTES);
   }
 
   void place(int groups) {
@@ -71,11 +74,11 @@ class BackwardScan {
     barriers = arena.take<Barrier>(groups * (f.threads + 1));
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
-      w.w_hh = arena.take<S>(gate_count(C) * f.H * state_vectors() * L);
-      w.w_hr = arena.take<S>(projected() ? f.R * vectors() * L : 0);
-      w.dg = arena.take<S>(grads.chunk_rows() * gp());
-      w.edge = arena.take<S>(f.B * gp());
-      w.dh = arena.take<S>(projected() ? grads.chunk_rows() * hp() : 0);
+      w.w_hh = arena.take<S>(words<P>(gate_count(C) * f.H) * state_vectors() * L);
+      w.w_hr = arena.take<S>(projected() ? words<P>(f.R) * vectors() * L : 0);
+      w.dg = arena.take<Value>(grads.chunk_rows() * gp());
+      w.edge = arena.take<Value>(f.B * gp());
+      w.dh = arena.take<Value>(projected() ? grads.chunk_rows() * hp() : 0);
       w.dc = arena.take<S>(C == Cell::lstm ? f.B * cp() : 0);
       w.carry = arena.take<S>(C == Cell::gru || kGruBefore ? f.B * cp() : 0);
       grads.place(arena, g);
@@ -89,11 +92,11 @@ class BackwardScan {
     const Range mine = split(state_vectors(), s.slice, s.slices);
     int turn = 0;
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
-      if (turn++ % s.teams == s.team) prepare_columns(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
+      if (turn++ % s.teams == s.team) prepare_columns<P>(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
     });
     if (projected())
       for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
-        if (turn++ % s.teams == s.team) prepare_columns(f, w.w_hr, f.w_hr[d], f.R, f.H, v, u);
+        if (turn++ % s.teams == s.team) prepare_columns<P>(f, w.w_hr, f.w_hr[d], f.R, f.H, v, u);
       });
   }
 
@@ -104,6 +107,7 @@ class BackwardScan {
     const bool reverse = d == 1;
     pack(s, w, d);
     grads.begin(s, d);
+    if (P::per_word > 1) clear_ends(s, w);
     const Range mine = split(f.B, s.thread, s.threads);
     for (int64_t j = mine.begin; j < mine.end; ++j) begin_row(w, d, j);
     group.wait(s.threads);
@@ -114,7 +118,7 @@ class BackwardScan {
       const int64_t row0 = lay.offset(t0);
       for (int64_t k = k1 - 1; k >= k0; --k) {
         const int64_t t = reverse ? f.T - 1 - k : k, later = reverse ? t - 1 : t + 1;
-        const S* next = k == k1 - 1 ? w.edge : w.dg + (lay.offset(later) - row0) * gp();
+        const Value* next = k == k1 - 1 ? w.edge : w.dg + (lay.offset(later) - row0) * gp();
         step(s, w, Moment{d, t, later, reverse}, w.dg + (lay.offset(t) - row0) * gp(), next,
              w.dh + (lay.offset(t) - row0) * hp(), team);
       }
@@ -123,7 +127,7 @@ class BackwardScan {
       const int64_t t_edge = reverse ? t1 - 1 : t0;
       const Range rows = split(lay.alive(t_edge), s.thread, s.threads);
       memcpy(w.edge + rows.begin * gp(), w.dg + (lay.offset(t_edge) - row0 + rows.begin) * gp(),
-             sizeof(S) * size_t(rows.size() * gp()));
+             sizeof(Value) * size_t(rows.size() * gp()));
       grads.chunk(s, group, d, t0, t1, k1 == f.T, w.dg, w.dh);
       group.wait(s.threads);
     }
@@ -133,6 +137,16 @@ class BackwardScan {
     for (int64_t j = mine.begin; j < mine.end; ++j) end_row(w, d, j);
     grads.finish(s, d);
     group.wait(s.threads);
+  }
+
+  // What fills the last word of a row is multiplied by 0, so it must be a number.
+  void clear_ends(const Share& s, const Work& w) {
+    const int64_t K = grads.gate_columns();
+    const Range mine = split(grads.chunk_rows(), s.thread, s.threads);
+    for (int64_t k = mine.begin; k < mine.end; ++k) {
+      w.dg[k * gp() + K] = 0;
+      if (projected()) w.dh[k * hp() + f.R] = 0;
+    }
   }
 
   void begin_row(const Work& w, int64_t d, int64_t j) {
@@ -165,7 +179,8 @@ class BackwardScan {
 
   // Gate gradients of step t from those of the step after it. Rows that begin after t hand their state's gradient to
   // dh0.
-  void step(const Share& s, const Work& w, const Moment& at, S* dg, const S* next, S* dh_rows, Barrier& team) {
+  void step(const Share& s, const Work& w, const Moment& at, Value* dg, const Value* next, Value* dh_rows,
+            Barrier& team) {
     const int64_t alive = lay.alive(at.t), from_later = lay.alive(at.later);
     const int64_t j0 = s.rows.begin, j1 = min64(s.rows.end, max64(alive, from_later));
     const Range mine = split(state_vectors(), s.slice, s.slices);
@@ -178,7 +193,7 @@ class BackwardScan {
           if (j >= alive)
             store_as<S>(p.dh0, f.dtype, (at.d * f.B + lay.user_row(j)) * f.R + unit, dh, f.R - unit);
           else if (projected())
-            store(dh_rows + j * hp() + unit, total_dh(at, j, unit, dh));
+            store_values<P>(dh_rows + j * hp() + unit, total_dh(at, j, unit, dh), f.R - unit);
           else
             cell(w, at, j, unit, total_dh(at, j, unit, dh), dg + j * gp());
         }
@@ -215,20 +230,20 @@ class BackwardScan {
   }
 
   // sums = (what bypassed the products) + gate gradients x W_hh, for m rows from j on.
-  void recurrent(const Work& w, int64_t d, const S* dg, int64_t v, int u, int m, int64_t j, S* sums) const {
+  void recurrent(const Work& w, int64_t d, const Value* dg, int64_t v, int u, int m, int64_t j, S* sums) const {
     const int64_t K = gate_count(C) * f.H;
-    const Columns<S> b = columns(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
+    const Columns<S> b = columns<P>(f, w.w_hh, f.w_hh[d], K, f.R, v, u);
     alignas(64) static const S zero[kMaxPanel * L] = {};
     const bool carried = C == Cell::gru || kGruBefore;
     const S* in = carried ? w.carry + j * cp() + v * L : zero;
     const int64_t first = C == Cell::gru || kGruBefore ? 2 * f.H : K;
-    Tile<S> t{m, u, dg, gp(), 1, b.b, b.pitch, first, in, carried ? cp() : 0, sums, u * L};
+    Tile<P> t{m, u, dg, gp(), P::per_word, b.b, b.pitch, words<P>(first), in, carried ? cp() : 0, sums, u * L};
     if (C == Cell::gru) {  // W_hn meets the gradient of its own product, column block 3
       t.a2 = dg + 3 * f.H;
       t.row2 = gp();
-      t.b2 = b.b + 2 * f.H * b.pitch;
+      t.b2 = b.b + words<P>(2 * f.H) * b.pitch;
       t.b2_pitch = b.pitch;
-      t.K2 = f.H;
+      t.K2 = words<P>(f.H);
     }
     multiply(t);
   }
@@ -242,10 +257,10 @@ class BackwardScan {
     const Stored h = grads.state_before(at.d, at.t, j);
     return h.data ? load_as<S>(h.data, f.dtype, h.at + unit, f.R - unit) : V{};
   }
-  void put(S* dg, int gate, int64_t unit, V v) const { store_n(dg + gate * f.H + unit, v, f.H - unit); }
+  void put(Value* dg, int gate, int64_t unit, V v) const { store_values<P>(dg + gate * f.H + unit, v, f.H - unit); }
 
   inline __attribute__((always_inline)) void cell(const Work& w, const Moment& at, int64_t j, int64_t unit, V dh,
-                                                  S* dg) const {
+                                                  Value* dg) const {
     if constexpr (C == Cell::lstm) {
       const S* now = saved(at, at.t, j);
       const bool cut = lay.flag(f.resets, at.t, j), first = grads.is_first(at.d, at.t, j);
@@ -287,15 +302,16 @@ class BackwardScan {
   }
 
   // LSTM with projection: the gradient of h (R wide) through W_hr to that of o tanh(c).
-  void through_projection(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg,
-                          const S* dh_rows) {
+  void through_projection(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, Value* dg,
+                          const Value* dh_rows) {
     alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
-      const Columns<S> b = columns(f, w.w_hr, f.w_hr[at.d], f.R, f.H, v, u);
+      const Columns<S> b = columns<P>(f, w.w_hr, f.w_hr[at.d], f.R, f.H, v, u);
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
-        multiply(Tile<S>{m, u, dh_rows + j * hp(), hp(), 1, b.b, b.pitch, f.R, zero, 0, sums, u * L});
+        multiply(
+            Tile<P>{m, u, dh_rows + j * hp(), hp(), P::per_word, b.b, b.pitch, words<P>(f.R), zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i)
           for (int k = 0; k < u; ++k)
             cell(w, at, j + i, (v + k) * L, load(sums + (i * u + k) * L), dg + (j + i) * gp());
@@ -304,15 +320,16 @@ class BackwardScan {
   }
 
   // GRU that resets before the product: the gradient of n through W_hn to r h, and so to r.
-  void through_reset(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* dg) {
+  void through_reset(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, Value* dg) {
     alignas(64) static const S zero[kMaxPanel * L] = {};
     for_panels(s.vectors.begin, s.vectors.end, kMaxPanel, [&](int64_t v, int u) {
-      const Columns<S> b = columns(f, w.w_hh, f.w_hh[at.d], 3 * f.H, f.R, v, u);
-      const S* w_hn = b.b + 2 * f.H * b.pitch;
+      const Columns<S> b = columns<P>(f, w.w_hh, f.w_hh[at.d], 3 * f.H, f.R, v, u);
+      const S* w_hn = b.b + words<P>(2 * f.H) * b.pitch;
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
-        multiply(Tile<S>{m, u, dg + j * gp() + 2 * f.H, gp(), 1, w_hn, b.pitch, f.H, zero, 0, sums, u * L});
+        multiply(Tile<P>{m, u, dg + j * gp() + 2 * f.H, gp(), P::per_word, w_hn, b.pitch, words<P>(f.H), zero, 0, sums,
+                         u * L});
         for (int i = 0; i < m; ++i)
           for (int k = 0; k < u; ++k) {
             const int64_t unit = (v + k) * L;

@@ -10,8 +10,10 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-template <Cell C, class S>
+template <Cell C, class P>
 class ForwardScan {
+  typedef typename P::Sum S;
+  typedef typename P::Value Value;
   typedef Vec<S> V;
   typedef Traits<C> Tr;
   typedef typename Tr::A BlockA;
@@ -20,6 +22,8 @@ class ForwardScan {
   static constexpr int G = BlockA::gates + BlockB::gates;
   static constexpr int kSaved = saved_values(C);
   static constexpr bool kTwoPhases = BlockB::gates > 0;
+  // A GRU blends with its last state, which must not be one rounded for the product.
+  static constexpr bool kExact = P::per_word > 1 && (C == Cell::gru || C == Cell::gru_reset_before);
 
  public:
   explicit ForwardScan(const ScanParams& p) : p(p) {}
@@ -33,7 +37,7 @@ class ForwardScan {
     if (!arena.allocate()) return Status::out_of_memory;
     place(probe.groups);
     lay.fill(p);
-    direct = sizeof(S) == size_t(dtype_size(p.dtype)) && p.I > 0 && lay.dense(p.x);
+    direct = sizeof(Value) == size_t(dtype_size(p.dtype)) && p.I > 0 && p.I % P::per_word == 0 && lay.dense(p.x);
     barriers = arena_barriers;
     for (int i = 0; i < probe.groups * (threads + 1); ++i) barriers[i] = Barrier();
     parallel(threads, [&](int thread, int count) {
@@ -51,9 +55,15 @@ class ForwardScan {
     S* saved;
     bool now, next;  // a reset before this step, before the next one
   };
+  struct State {  // before a step, or after it
+    Value* h;
+    S* exact;  // with kExact: h before it was rounded
+  };
   struct Work {  // scratch of one group
     Out* outs;   // B for each slice
-    S *w_ih, *w_hh, *w_hr, *bias_x, *bias_h, *x, *gx, *h[2], *c, *m, *z;
+    S *w_ih, *w_hh, *w_hr, *bias_x, *bias_h, *gx, *c, *z;
+    Value *x, *m;
+    State state[2];
   };
 
   const ScanParams& p;
@@ -68,7 +78,10 @@ class ForwardScan {
   int64_t vectors() const { return (p.H + L - 1) / L; }
   int64_t state_vectors() const { return (p.R + L - 1) / L; }
   int64_t hp() const { return state_pitch<S>(p.R); }  // pitch of h
-  int64_t cp() const { return state_pitch<S>(p.H); }  // pitch of c, m, z
+  int64_t cp() const { return state_pitch<S>(p.H); }  // pitch of c, m, z and the exact h
+  int64_t x_words() const { return words<P>(p.I); }
+  int64_t h_words() const { return words<P>(p.R); }
+  int64_t x_pitch() const { return direct ? lay.pitch(p.x) : x_words() * P::per_word; }
   bool projected() const { return p.w_hr[0] != nullptr; }
   // One step uses every weight once: packing would cost more than it saves. (T alone decides: a row's result must not
   // depend on the batch.)
@@ -79,7 +92,8 @@ class ForwardScan {
   bool together(const Share& s) const { return C != Cell::gru && !unpacked() && s.rows.size() >= 24 && p.I <= 1024; }
 
   Share share(int thread, int count) const {
-    return plan(thread, count, p.D, p.B, vectors(), G, p.I + p.R, p.T, !p.lengths && !p.batch_sizes, FSQ_VECTOR_BYTES);
+    return plan(thread, count, p.D, p.B, vectors(), G, x_words() + h_words(), p.T, !p.lengths && !p.batch_sizes,
+                FSQ_VECTOR_BYTES);
   }
 
   int64_t chunk_steps() const {
@@ -95,17 +109,19 @@ class ForwardScan {
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
       w.outs = arena.take<Out>(p.B * min64(p.threads, vectors()));  // groups may differ in threads
-      w.w_ih = arena.take<S>(unpacked() ? 0 : G * n * p.I);
-      w.w_hh = arena.take<S>(unpacked() ? 0 : G * n * p.R);
-      w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * p.H : 0);
+      w.w_ih = arena.take<S>(unpacked() ? 0 : G * n * x_words());
+      w.w_hh = arena.take<S>(unpacked() ? 0 : G * n * h_words());
+      w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * words<P>(p.H) : 0);
       w.bias_x = arena.take<S>(G * n);
       w.bias_h = arena.take<S>(n);
-      w.x = arena.take<S>(rows * p.I);
+      w.x = arena.take<Value>(rows * x_words() * P::per_word);
       w.gx = arena.take<S>(rows * G * n);
-      w.h[0] = arena.take<S>(p.B * hp());
-      w.h[1] = arena.take<S>(p.B * hp());
+      for (State& state : w.state) {
+        state.h = arena.take<Value>(p.B * hp());
+        state.exact = arena.take<S>(kExact ? p.B * cp() : 0);
+      }
       w.c = arena.take<S>(C == Cell::lstm ? p.B * cp() : 0);
-      w.m = arena.take<S>(projected() || kTwoPhases ? p.B * cp() : 0);
+      w.m = arena.take<Value>(projected() || kTwoPhases ? p.B * cp() : 0);
       w.z = arena.take<S>(kTwoPhases ? p.B * cp() : 0);
     }
   }
@@ -124,10 +140,10 @@ class ForwardScan {
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       if (turn++ % s.teams != s.team) return;
       if (!unpacked()) {
-        S* const w_ih = block<Blk>(w.w_ih, n, p.I) + v * ng * L * p.I;
-        S* const w_hh = block<Blk>(w.w_hh, n, p.R) + v * ng * L * p.R;
-        pack_gates(w_ih, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
-        pack_gates(w_hh, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
+        S* const w_ih = block<Blk>(w.w_ih, n, x_words()) + v * ng * L * x_words();
+        S* const w_hh = block<Blk>(w.w_hh, n, h_words()) + v * ng * L * h_words();
+        pack_gates<P>(w_ih, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
+        pack_gates<P>(w_hh, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
       }
       for (int g = 0; g < ng; ++g)
         for (int i = 0; i < u; ++i) {
@@ -142,8 +158,8 @@ class ForwardScan {
   }
 
   template <class Blk>
-  void project(const Share& s, const Work& w, int64_t d, const S* x, Range rows, int64_t chunk_rows) {
-    const int64_t n = vectors() * L, pitch = direct ? lay.pitch(p.x) : p.I;
+  void project(const Share& s, const Work& w, int64_t d, const Value* x, Range rows, int64_t chunk_rows) {
+    const int64_t n = vectors() * L, pitch = x_pitch();
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* bias = block<Blk>(w.bias_x, n, 1) + v * Blk::gates * L;
@@ -151,21 +167,23 @@ class ForwardScan {
       if (unpacked())
         gate_dots<Blk>(x + rows.begin * pitch, pitch, rows.size(), p.w_ih[d], p.I, v, u, bias, 0, gx);
       else
-        multiply_panel(x + rows.begin * pitch, pitch, rows.size(), p.I,
-                       block<Blk>(w.w_ih, n, p.I) + v * Blk::gates * L * p.I, nv * L, nv, bias, 0, gx, nv * L);
+        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(),
+                          block<Blk>(w.w_ih, n, x_words()) + v * Blk::gates * L * x_words(), nv * L, nv, bias, 0, gx,
+                          nv * L);
     });
   }
 
   // The panel's product without packed weights: for each gate and unit vector, dots with the weight's own rows.
   template <class Blk>
-  void gate_dots(const S* a, int64_t lda, int64_t m, const void* weight, int64_t K, int64_t v, int u, const S* in,
+  void gate_dots(const Value* a, int64_t lda, int64_t m, const void* weight, int64_t K, int64_t v, int u, const S* in,
                  int64_t in_pitch, S* out) const {
     const int nv = Blk::gates * u;
-    for (int c = 0; c < nv; ++c) {
-      const int64_t unit = (v + c % u) * L;
-      dots(Dots<S>{a, lda, m, weight, p.dtype, (Blk::gate0 + c / u) * p.H + unit, min64(L, p.H - unit), K, in + c * L,
-                   in_pitch, out + c * L, nv * L});
-    }
+    if constexpr (P::per_word == 1)  // pairs are for longer scans
+      for (int c = 0; c < nv; ++c) {
+        const int64_t unit = (v + c % u) * L;
+        dots(Dots<S>{a, lda, m, weight, p.dtype, (Blk::gate0 + c / u) * p.H + unit, min64(L, p.H - unit), K, in + c * L,
+                     in_pitch, out + c * L, nv * L});
+      }
   }
 
   template <class Blk>
@@ -183,8 +201,15 @@ class ForwardScan {
     if (projected()) pack_projection(s, w, d);
     const Range mine = split(p.B, s.thread, s.threads);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
-      initial_state(w.h[0] + j * hp(), p.h0, p, lay, d, j, p.R, reverse);
-      memcpy(w.h[1] + j * hp(), w.h[0] + j * hp(), sizeof(S) * size_t(p.R));
+      Value* const h = w.state[0].h + j * hp();
+      initial_operand<P>(h, p.h0, p, lay, d, j, p.R, reverse);
+      memcpy(w.state[1].h + j * hp(), h, sizeof(Value) * size_t(h_words() * P::per_word));
+      if (kExact)
+        for (const State& state : w.state) {
+          S* const exact = state.exact + j * cp();
+          memset(exact, 0, sizeof(S) * size_t(cp()));  // lanes past R reach the last word of a product
+          initial_state(exact, p.h0, p, lay, d, j, p.R, reverse);
+        }
       if (C == Cell::lstm) initial_state(w.c + j * cp(), p.c0, p, lay, d, j, p.H, reverse);
     }
     const int64_t steps = chunk_steps();
@@ -192,9 +217,9 @@ class ForwardScan {
       const int64_t s1 = min64(p.T, s0 + steps);
       const int64_t t0 = reverse ? p.T - s1 : s0, t1 = reverse ? p.T - s0 : s1;
       const int64_t row0 = lay.offset(t0), rows = lay.offset(t1) - row0;
-      const S* x = w.x;
+      const Value* x = w.x;
       if (direct)
-        x = static_cast<const S*>(p.x.data) + row0 * lay.pitch(p.x);
+        x = static_cast<const Value*>(p.x.data) + row0 * lay.pitch(p.x);
       else
         gather(s, w, t0, t1);
       if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
@@ -204,7 +229,8 @@ class ForwardScan {
       if (s.teams > 1) group.wait(s.threads);
       for (int64_t k = s0; k < s1; ++k) {
         const int64_t t = reverse ? p.T - 1 - k : k;
-        step(s, w, d, t, reverse ? t - 1 : t + 1, lay.offset(t) - row0, rows, x, w.h[k & 1], w.h[(k + 1) & 1], team);
+        step(s, w, d, t, reverse ? t - 1 : t + 1, lay.offset(t) - row0, rows, x, w.state[k & 1], w.state[(k + 1) & 1],
+             team);
         team.wait(s.slices);
       }
     }
@@ -216,7 +242,7 @@ class ForwardScan {
   void gather(const Share& s, const Work& w, int64_t t0, int64_t t1) {
     const Range part = split(lay.offset(t1) - lay.offset(t0), s.thread, s.threads);
     lay.for_rows(t0, t1, part, [&](int64_t t, int64_t j, int64_t k) {
-      load_row<S>(w.x + k * p.I, p.x.data, p.dtype, lay.at(p.x, t, j), p.I);
+      load_operand<P>(w.x + k * x_pitch(), p.x.data, p.dtype, lay.at(p.x, t, j), p.I);
     });
   }
 
@@ -235,38 +261,48 @@ class ForwardScan {
   }
   int64_t reserve_rows() const { return p.batch_sizes ? lay.total() : p.T * p.B; }
   void save(const Out& o, int slot, int64_t unit, V v) const { store_n(o.saved + slot * p.H + unit, v, p.H - unit); }
-  void emit(const Out& o, S* h_next, int64_t unit, V h) const {
-    store(h_next + unit, o.next ? V{} : h);
+  void emit(const Out& o, const State& next, int64_t j, int64_t unit, V h) const {
+    const V kept = o.next ? V{} : h;
+    store_values<P>(next.h + j * hp() + unit, kept, L);
+    if constexpr (kExact) store(next.exact + j * cp() + unit, kept);
     store_as<S>(p.y.data, p.dtype, o.y + unit, h, p.R - unit);
   }
 
+  V state_at(const State& state, int64_t j, int64_t unit) const {
+    if constexpr (kExact)
+      return load(state.exact + j * cp() + unit);
+    else
+      return load_values<P>(state.h + j * hp() + unit, L);
+  }
+
   void step(const Share& s, const Work& w, int64_t d, int64_t t, int64_t t_next, int64_t row, int64_t chunk_rows,
-            const S* x, const S* h, S* h_next, Barrier& team) {
+            const Value* x, const State& now, const State& next, Barrier& team) {
     const int64_t j0 = s.rows.begin, n = min64(s.rows.end, lay.alive(t)) - j0;
     const Moment at{d, t, t_next};
     Out* outs = w.outs + s.slice * p.B;
     for (int64_t j = j0; j < j0 + n; ++j) outs[j] = out(at, j);
-    block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, x, h, hp(), h, h_next);
+    block_step<BlockA>(s, w, at, j0, n, row, chunk_rows, x, now.h, hp(), now, next);
     if constexpr (kTwoPhases) {
       team.wait(s.slices);
-      block_step<BlockB>(s, w, at, j0, n, row, chunk_rows, x, w.m, cp(), h, h_next);
+      block_step<BlockB>(s, w, at, j0, n, row, chunk_rows, x, w.m, cp(), now, next);
     }
     if (projected()) {
       team.wait(s.slices);
-      project_state(s, w, at, j0, n, h_next);
+      project_state(s, w, at, j0, n, next);
     }
   }
 
   // One phase of a step: a's product with the block's panels on top of the input projection, then the cell.
   template <class Blk>
   void block_step(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, int64_t row,
-                  int64_t chunk_rows, const S* x, const S* a, int64_t lda, const S* h, S* h_next) {
+                  int64_t chunk_rows, const Value* x, const Value* a, int64_t lda, const State& now,
+                  const State& next) {
     if (n <= 0) return;
-    const int64_t x_pitch = direct ? lay.pitch(p.x) : p.I;
+    const int64_t xp = x_pitch();
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* gx = gates<Blk>(w, v, chunk_rows) + row * nv * L;
-      const S* panel = block<Blk>(w.w_hh, vectors() * L, p.R) + v * Blk::gates * L * p.R;
+      const S* panel = block<Blk>(w.w_hh, vectors() * L, h_words()) + v * Blk::gates * L * h_words();
       for_row_tiles(n, nv, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
@@ -281,16 +317,16 @@ class ForwardScan {
         if (unpacked())
           gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
         else if (together(s))
-          multiply(Tile<S>{m, nv, x + (row + j) * x_pitch, x_pitch, 1,
-                           block<Blk>(w.w_ih, vectors() * L, p.I) + v * Blk::gates * L * p.I, nv * L, p.I,
-                           block<Blk>(w.bias_x, vectors() * L, 1) + v * Blk::gates * L, 0, sums, nv * L, a + j * lda,
-                           lda, panel, nv * L, p.R});
+          multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word,
+                           block<Blk>(w.w_ih, vectors() * L, x_words()) + v * Blk::gates * L * x_words(), nv * L,
+                           x_words(), block<Blk>(w.bias_x, vectors() * L, 1) + v * Blk::gates * L, 0, sums, nv * L,
+                           a + j * lda, lda, panel, nv * L, h_words()});
         else
-          multiply(Tile<S>{m, nv, a + j * lda, lda, 1, panel, nv * L, p.R, in, nv * L, sums, nv * L});
+          multiply(Tile<P>{m, nv, a + j * lda, lda, P::per_word, panel, nv * L, h_words(), in, nv * L, sums, nv * L});
         for (int i = 0; i < m; ++i) {
           const Out& o = w.outs[s.slice * p.B + j + i];
           for (int k = 0; k < u; ++k)
-            cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv) * L, h, h_next);
+            cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv) * L, now, next);
         }
       });
     });
@@ -299,8 +335,8 @@ class ForwardScan {
   // The cell of one row over one unit vector; `sums` holds its gates, `pitch` apart.
   template <class Blk>
   inline __attribute__((always_inline)) void cell(const Work& w, const Out& o, int64_t j, int64_t unit, const S* sums,
-                                                  int64_t pitch, const S* gx, const S* h, S* h_next) const {
-    S* next = h_next + j * hp();
+                                                  int64_t pitch, const S* gx, const State& now,
+                                                  const State& next) const {
     if constexpr (C == Cell::lstm) {
       S* const cell = w.c + j * cp() + unit;
       const V c_prev = o.now ? V{} : load(cell);
@@ -316,23 +352,22 @@ class ForwardScan {
       }
       if (p.c_all.data) store_as<S>(p.c_all.data, p.dtype, o.c + unit, c.c, p.H - unit);
       if (projected())
-        store(w.m + j * cp() + unit, c.h);
+        store_values<P>(w.m + j * cp() + unit, c.h, L);
       else
-        emit(o, next, unit, c.h);
+        emit(o, next, j, unit, c.h);
     } else if constexpr (C == Cell::gru) {
       const V hn = load(sums + 2 * pitch);
-      const GruStep<V> c =
-          gru_fwd(load(sums), load(sums + pitch), load(gx + 2 * L), hn, load(h + j * hp() + unit), act);
+      const GruStep<V> c = gru_fwd(load(sums), load(sums + pitch), load(gx + 2 * L), hn, state_at(now, j, unit), act);
       if (o.saved) {
         save(o, 0, unit, c.r);
         save(o, 1, unit, c.z);
         save(o, 2, unit, c.n);
         save(o, 3, unit, hn);
       }
-      emit(o, next, unit, c.h);
+      emit(o, next, j, unit, c.h);
     } else if constexpr (C == Cell::gru_reset_before && Blk::gate0 == 0) {
       const V reset = act.gate(load(sums)), z = act.gate(load(sums + pitch));
-      store(w.m + j * cp() + unit, reset * load(h + j * hp() + unit));
+      store_values<P>(w.m + j * cp() + unit, reset * state_at(now, j, unit), L);
       store(w.z + j * cp() + unit, z);
       if (o.saved) {
         save(o, 0, unit, reset);
@@ -341,9 +376,9 @@ class ForwardScan {
     } else if constexpr (C == Cell::gru_reset_before) {
       const V n = act.state(load(sums));
       if (o.saved) save(o, 2, unit, n);
-      emit(o, next, unit, gru_blend(load(w.z + j * cp() + unit), n, load(h + j * hp() + unit), act));
+      emit(o, next, j, unit, gru_blend(load(w.z + j * cp() + unit), n, state_at(now, j, unit), act));
     } else {
-      emit(o, next, unit, rnn_fwd<C == Cell::rnn_relu>(load(sums), act));
+      emit(o, next, j, unit, rnn_fwd<C == Cell::rnn_relu>(load(sums), act));
     }
   }
 
@@ -351,29 +386,30 @@ class ForwardScan {
     if (s.team > 0 || unpacked()) return;
     const Range mine = split(state_vectors(), s.slice, s.slices);
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
-      pack_gates(w.w_hr + v * L * p.H, 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
+      pack_gates<P>(w.w_hr + v * L * words<P>(p.H), 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
     });
   }
 
   // h = m W_hr^T (LSTM with projection, Sak et al. 2014).
-  void project_state(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, S* h_next) {
+  void project_state(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, const State& next) {
     if (n <= 0) return;
     const Range mine = split(state_vectors(), s.slice, s.slices);
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
       for_row_tiles(n, u, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         alignas(64) static const S zero[kMaxPanel * L] = {};
-        const S* a = w.m + (j0 + r) * cp();
-        if (unpacked())
+        const Value* a = w.m + (j0 + r) * cp();
+        if (!unpacked())
+          multiply(Tile<P>{m, u, a, cp(), P::per_word, w.w_hr + v * L * words<P>(p.H), u * L, words<P>(p.H), zero, 0,
+                           sums, u * L});
+        else if constexpr (P::per_word == 1)
           for (int k = 0; k < u; ++k)
             dots(Dots<S>{a, cp(), m, p.w_hr[at.d], p.dtype, (v + k) * L, min64(L, p.R - (v + k) * L), p.H, zero, 0,
                          sums + k * L, u * L});
-        else
-          multiply(Tile<S>{m, u, a, cp(), 1, w.w_hr + v * L * p.H, u * L, p.H, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i) {
           const int64_t j = j0 + r + i;
           const Out& o = w.outs[s.slice * p.B + j];
-          for (int k = 0; k < u; ++k) emit(o, h_next + j * hp(), (v + k) * L, load(sums + (i * u + k) * L));
+          for (int k = 0; k < u; ++k) emit(o, next, j, (v + k) * L, load(sums + (i * u + k) * L));
         }
       });
     });

@@ -66,15 +66,16 @@ template <class S>
 FSQ_INLINE bool read_in_place(const ScanParams& p, int64_t N, int64_t v, int u) {
   return p.T == 1 && sizeof(S) == size_t(dtype_size(p.dtype)) && (v + u) * kLanes<S> <= N;
 }
-template <class S>
+template <class P, class S>
 FSQ_INLINE Columns<S> columns(const ScanParams& p, const S* panels, const void* w, int64_t K, int64_t N, int64_t v,
                               int u) {
   if (read_in_place<S>(p, N, v, u)) return {static_cast<const S*>(w) + v * kLanes<S>, N};
-  return {panels + v * kLanes<S> * K, u * kLanes<S>};
+  return {panels + v * kLanes<S> * words<P>(K), u * kLanes<S>};
 }
-template <class S>
+template <class P, class S>
 FSQ_INLINE void prepare_columns(const ScanParams& p, S* panels, const void* w, int64_t K, int64_t N, int64_t v, int u) {
-  if (!read_in_place<S>(p, N, v, u)) pack_columns(panels + v * kLanes<S> * K, u, w, p.dtype, N, v * kLanes<S>, 0, K);
+  if (!read_in_place<S>(p, N, v, u))
+    pack_columns<P>(panels + v * kLanes<S> * words<P>(K), u, w, p.dtype, N, v * kLanes<S>, 0, K);
 }
 
 // Leading dimension of a state buffer: whole vectors, and one more so that rows of a tile do not share cache sets.
@@ -92,6 +93,28 @@ FSQ_INLINE void initial_state(S* dst, const void* src, const ScanParams& p, cons
     load_row<S>(dst, src, p.dtype, (d * p.B + lay.user_row(j)) * width, width);
   else
     memset(dst, 0, sizeof(S) * size_t(width));
+}
+// The same as a left operand.
+template <class P>
+FSQ_INLINE void initial_operand(typename P::Value* dst, const void* src, const ScanParams& p, const Layout& lay,
+                                int64_t d, int64_t j, int64_t width, bool reverse) {
+  const int64_t first = reverse ? lay.length(j) - 1 : 0;
+  if (src && !lay.flag(p.resets, first, j))
+    load_operand<P>(dst, src, p.dtype, (d * p.B + lay.user_row(j)) * width, width);
+  else
+    memset(dst, 0, sizeof(typename P::Value) * size_t(words<P>(width) * P::per_word));
+}
+
+// Picks what the operands of a scan's products are made of. One step does not pay for packing, so it has no use for
+// pairs. Nor has a ReLU: pairs round the state before the product, and its gradient jumps wherever that moves a sum
+// across 0.
+template <class F>
+FSQ_INLINE Status with_operands(const ScanParams& p, F run) {
+  if (p.dtype == DType::f64) return run(Whole<double>());
+#if FSQ_BF16_PAIRS
+  if (p.dtype == DType::bf16 && p.T > 1 && p.cell != Cell::rnn_relu) return run(Bf16Pairs());
+#endif
+  return run(Whole<float>());
 }
 
 }  // namespace FSQ_ISA
