@@ -74,6 +74,9 @@ class Arena {
   ~Arena() { free(base_); }
   bool allocate() {
     base_ = static_cast<char*>(aligned_alloc(64, size_t(used_ + 64)));
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) memset(base_, 0xff, size_t(used_));  // NaN in every type
+#endif
     used_ = 0;
     return base_ != nullptr;
   }

@@ -205,11 +205,9 @@ class ForwardScan {
       initial_operand<P>(h, p.h0, p, lay, d, j, p.R, reverse);
       memcpy(w.state[1].h + j * hp(), h, sizeof(Value) * size_t(h_words() * P::per_word));
       if (kExact)
-        for (const State& state : w.state) {
-          S* const exact = state.exact + j * cp();
-          memset(exact, 0, sizeof(S) * size_t(cp()));  // lanes past R reach the last word of a product
-          initial_state(exact, p.h0, p, lay, d, j, p.R, reverse);
-        }
+        for (const State& state : w.state) initial_state(state.exact + j * cp(), p.h0, p, lay, d, j, p.R, reverse);
+      if (P::per_word > 1 && (projected() || kTwoPhases))
+        w.m[j * cp() + p.H] = 0;  // half of its last word, if H is odd
       if (C == Cell::lstm) initial_state(w.c + j * cp(), p.c0, p, lay, d, j, p.H, reverse);
     }
     const int64_t steps = chunk_steps();
@@ -263,10 +261,13 @@ class ForwardScan {
   void save(const Out& o, int slot, int64_t unit, V v) const { store_n(o.saved + slot * p.H + unit, v, p.H - unit); }
   void emit(const Out& o, const State& next, int64_t j, int64_t unit, V h) const {
     const V kept = o.next ? V{} : h;
-    store_values<P>(next.h + j * hp() + unit, kept, L);
+    store_values<P>(next.h + j * hp() + unit, kept, filled(p.R - unit));
     if constexpr (kExact) store(next.exact + j * cp() + unit, kept);
     store_as<S>(p.y.data, p.dtype, o.y + unit, h, p.R - unit);
   }
+
+  // Lanes to store of n that count. What lies past a row fills its last word, so it must stay 0 in pairs.
+  static int64_t filled(int64_t n) { return P::per_word > 1 ? n : L; }
 
   V state_at(const State& state, int64_t j, int64_t unit) const {
     if constexpr (kExact)
@@ -352,7 +353,7 @@ class ForwardScan {
       }
       if (p.c_all.data) store_as<S>(p.c_all.data, p.dtype, o.c + unit, c.c, p.H - unit);
       if (projected())
-        store_values<P>(w.m + j * cp() + unit, c.h, L);
+        store_values<P>(w.m + j * cp() + unit, c.h, filled(p.H - unit));
       else
         emit(o, next, j, unit, c.h);
     } else if constexpr (C == Cell::gru) {
@@ -367,7 +368,7 @@ class ForwardScan {
       emit(o, next, j, unit, c.h);
     } else if constexpr (C == Cell::gru_reset_before && Blk::gate0 == 0) {
       const V reset = act.gate(load(sums)), z = act.gate(load(sums + pitch));
-      store_values<P>(w.m + j * cp() + unit, reset * state_at(now, j, unit), L);
+      store_values<P>(w.m + j * cp() + unit, reset * state_at(now, j, unit), filled(p.H - unit));
       store(w.z + j * cp() + unit, z);
       if (o.saved) {
         save(o, 0, unit, reset);
