@@ -6,6 +6,7 @@
 #endif
 #if !defined(_WIN32)
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 #include "cpu/vec.h"
@@ -73,7 +74,14 @@ class Arena {
   Arena(const Arena&) = delete;
   ~Arena() { free(base_); }
   bool allocate() {
-    base_ = static_cast<char*>(aligned_alloc(64, size_t(used_ + 64)));
+    const int64_t size = used_ + 64;
+    const bool huge = size >= 4 * kHugePage;
+    base_ = static_cast<char*>(huge ? aligned_alloc(kHugePage, size_t(round_up(size, kHugePage)))
+                                    : aligned_alloc(64, size_t(round_up(size, 64))));
+#if defined(MADV_HUGEPAGE)
+    if (huge && base_)
+      madvise(base_, size_t(round_up(size, kHugePage)), MADV_HUGEPAGE);  // a hint; a refusal is no loss
+#endif
 #if defined(__SANITIZE_ADDRESS__)
     if (base_) memset(base_, 0xff, size_t(used_));  // NaN in every type
 #endif
@@ -88,6 +96,7 @@ class Arena {
   }
 
  private:
+  static constexpr int64_t kHugePage = 2 << 20;
   char* base_ = nullptr;
   int64_t used_ = 0;
 };

@@ -88,8 +88,12 @@ class ForwardScan {
   bool unpacked() const { return p.T == 1; }
 
   // With enough rows to reuse them, the step reads W_ih too, and its sums never leave the registers in between. The
-  // order of every sum is the same. (torch's GRU needs the two products of n apart.)
-  bool together(const Share& s) const { return C != Cell::gru && !unpacked() && s.rows.size() >= 24 && p.I <= 1024; }
+  // order of every sum is the same. (torch's GRU needs the two products of n apart.) Weights too large to stay in the
+  // last-level cache from step to step had better be read in two parts, W_ih once per chunk.
+  bool together(const Share& s) const {
+    const int64_t bytes = vectors() * L * G * (x_words() + h_words()) * int64_t(sizeof(S));
+    return C != Cell::gru && !unpacked() && s.rows.size() >= 24 && bytes <= 16 * 1024 * 1024;
+  }
 
   Share share(int thread, int count) const {
     return plan(thread, count, p.D, p.B, vectors(), G, x_words() + h_words(), p.T, !p.lengths && !p.batch_sizes,
@@ -98,7 +102,7 @@ class ForwardScan {
 
   int64_t chunk_steps() const {
     const int64_t row_bytes = vectors() * G * L * int64_t(sizeof(S));
-    const int64_t rows = max64(64, 256 * 1024 * group_threads / max64(row_bytes, 1));
+    const int64_t rows = max64(128, 256 * 1024 * group_threads / max64(row_bytes, 1));
     return max64(1, min64(p.T, rows / max64(p.B, 1)));
   }
 
@@ -216,10 +220,12 @@ class ForwardScan {
       const int64_t t0 = reverse ? p.T - s1 : s0, t1 = reverse ? p.T - s0 : s1;
       const int64_t row0 = lay.offset(t0), rows = lay.offset(t1) - row0;
       const Value* x = w.x;
-      if (direct)
+      if (direct) {
         x = static_cast<const Value*>(p.x.data) + row0 * lay.pitch(p.x);
-      else
+      } else {
+        if (s.teams > 1 && s0 > 0) group.wait(s.threads);  // a slower team may still read the chunk before
         gather(s, w, t0, t1);
+      }
       if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
       const Range part = split(together(s) ? 0 : rows, s.team, s.teams);
       project<BlockA>(s, w, d, x, part, rows);
