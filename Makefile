@@ -13,7 +13,7 @@ export FUSEDSEQ_REQUIRE_CORE := 1
 help:
 	@echo "make demo      train RNN, LSTM and GRU forecasters, torch.nn beside fusedseq; writes out/forecast.png"
 	@echo "make test      build, then run the tests"
-	@echo "make bench     time the modules beside torch.nn"
+	@echo "make bench     time the modules beside torch.nn and others (docs/benchmarks.md)"
 	@echo "make lint      ruff, clang-format and mypy, changing nothing"
 	@echo "make format    ruff and clang-format, in place"
 	@echo "make sanitize  the core tests on a core built with AddressSanitizer and UBSan"
@@ -44,7 +44,7 @@ test: build
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build
-	$(BIN)/python -m fusedseq.bench $(ARGS)
+	$(BIN)/python -m fusedseq bench $(ARGS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

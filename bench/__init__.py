@@ -1,1 +1,1 @@
-"""Benchmarks: the list of cases, the timer, and `python -m fusedseq.bench`, which prints one table."""
+"""Benchmarks, from which every figure about speed comes: cases, peers, the timer, and the command `fusedseq bench`."""

@@ -78,9 +78,9 @@ struct CpuTable {
   Status (*backward)(const ScanGradParams&);
   // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
-  // Float32 multiply-adds on registers alone, on the calling thread: the ceiling that benchmarks compare with. Returns
-  // how many operations (two for each multiply-add) the rounds took.
-  int64_t (*multiply_adds)(int64_t rounds);
+  // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that
+  // benchmarks compare with. Returns how many operations (two for each multiply-add) the rounds took.
+  int64_t (*multiply_adds)(DType dtype, int64_t rounds);
 };
 
 // The rows this machine can run, slowest first; `count` is filled in.

@@ -11,6 +11,12 @@ BACKENDS = ("cpu", "reference")
 # From plain to richest, as `fusedseq._cpu.isas()` names them.
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
+# How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.
+_RELATED = (
+    "FUSEDSEQ_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TORCH", "TRITON_",
+    "MALLOC_", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+
 _TRUE = ("1", "true", "on", "yes")
 _FALSE = ("", "0", "false", "off", "no")
 
@@ -50,6 +56,12 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         strict=_flag(environ, "FUSEDSEQ_STRICT"),
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
     )
+
+
+def in_force(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that are set and change what runs or how fast."""
+    environ = os.environ if environ is None else environ
+    return {name: value for name, value in sorted(environ.items()) if name.startswith(_RELATED) and value}
 
 
 settings = load()

@@ -130,9 +130,9 @@ void apply_math(int which, int dtype, uintptr_t x, uintptr_t y, int64_t n) {
   active->math(which, DType(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), n);
 }
 
-int64_t multiply_adds(int64_t rounds) {
+int64_t multiply_adds(int dtype, int64_t rounds) {
   py::gil_scoped_release release;
-  return active->multiply_adds(rounds);
+  return active->multiply_adds(DType(dtype), rounds);
 }
 
 }  // namespace

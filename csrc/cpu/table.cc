@@ -46,19 +46,30 @@ static void math(int which, DType dtype, const void* x, void* y, int64_t n) {
     apply(which, static_cast<const float*>(x), static_cast<float*>(y), n);
 }
 
-static int64_t multiply_adds(int64_t rounds) {
+template <class P>
+static int64_t multiply_adds_of(int64_t rounds) {
+  typedef typename P::Sum S;
   constexpr int kChains = tile_rows(kMaxPanel) * kMaxPanel;  // as many as a tile has
-  VecF acc[kChains];
-  for (int i = 0; i < kChains; ++i) acc[i] = splat(float(i));
-  VecF x = splat(0.5f), y = splat(1.0f);
+  Vec<S> acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = splat(S(i));
+  const typename P::Value one[2] = {};
+  const Vec<S> x = splat_word<P>(one), y = splat(S(1));
   for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 24
-    for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], x, y);
-  VecF sum{};
+    for (int i = 0; i < kChains; ++i) acc[i] = multiply_add<P>(x, y, acc[i]);
+  Vec<S> sum{};
   for (int i = 0; i < kChains; ++i) sum = sum + acc[i];
-  volatile float keep = sum[0];
+  volatile S keep = sum[0];
   (void)keep;
-  return rounds * kChains * kLanes<float> * 2;
+  return rounds * kChains * kLanes<S> * P::per_word * 2;
+}
+
+static int64_t multiply_adds(DType dtype, int64_t rounds) {
+  if (dtype == DType::f64) return multiply_adds_of<Whole<double>>(rounds);
+#if FSQ_BF16_PAIRS
+  if (dtype == DType::bf16) return multiply_adds_of<Bf16Pairs>(rounds);
+#endif
+  return multiply_adds_of<Whole<float>>(rounds);
 }
 
 #define FSQ_NAME_(x) #x

@@ -1,0 +1,42 @@
+"""The command `fusedseq`, also `python -m fusedseq`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import fusedseq
+
+COMMANDS = """commands:
+  info [--json]   versions, backends, instruction sets, threads, environment variables
+  bench ...       time fusedseq beside torch.nn and others; `fusedseq bench --help` says more
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # What follows `bench` is for its own parsers.
+    if arguments[:1] == ["bench"]:
+        from fusedseq.bench.cli import main as bench
+
+        return int(bench(arguments[1:]))
+    parser = argparse.ArgumentParser(
+        prog="fusedseq", epilog=COMMANDS, usage="fusedseq [--version] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"fusedseq {fusedseq.__version__}")
+    parser.add_argument("command", choices=["info", "bench"], metavar="COMMAND", help="one of those below")
+    parser.add_argument("--json", action="store_true", help="info: as JSON")
+    options = parser.parse_args(arguments)
+
+    from fusedseq import info
+
+    found = info.collect()
+    print(json.dumps(found, indent=2) if options.json else info.render(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
