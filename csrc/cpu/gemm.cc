@@ -23,24 +23,46 @@ FSQ_INLINE void accumulate(Vec<typename P::Sum> (&acc)[M][NV], const typename P:
   }
 }
 
+// acc (+)= base, a row `pitch` after the other.
+template <class P, int NV, int M>
+FSQ_INLINE void add_rows(Vec<typename P::Sum> (&acc)[M][NV], const typename P::Sum* base, int64_t pitch) {
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = acc[r][v] + load(base + r * pitch + v * kLanes<typename P::Sum>);
+}
+template <class P, int NV, int M>
+FSQ_INLINE void store_rows(const Vec<typename P::Sum> (&acc)[M][NV], typename P::Sum* out, int64_t pitch) {
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(out + r * pitch + v * kLanes<typename P::Sum>, acc[r][v]);
+}
+
+// Adds a product to acc: its first chain goes on from there, each further one starts at 0. `out` is scratch for sums.
+template <class P, int NV, int M>
+FSQ_INLINE void add_chains(Vec<typename P::Sum> (&acc)[M][NV], const typename P::Value* a, int64_t row, int64_t step,
+                           const typename P::Sum* b, int64_t b_pitch, int64_t K, typename P::Sum* out, int64_t pitch) {
+  accumulate<P, NV, M>(acc, a, row, step, b, b_pitch, min64(kChain, K));
+  for (int64_t k = kChain; k < K; k += kChain) {
+    store_rows<P, NV, M>(acc, out, pitch);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = Vec<typename P::Sum>{};
+    accumulate<P, NV, M>(acc, a + k * step, row, step, b + k * b_pitch, b_pitch, min64(kChain, K - k));
+    add_rows<P, NV, M>(acc, out, pitch);
+  }
+}
+
 template <class P, int NV, int M>
 static void tile(const Tile<P>& t) {
-  typedef typename P::Sum S;
-  constexpr int L = kLanes<S>;
-  Vec<S> acc[M][NV];
-  const S* in = t.in;
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r, in += t.in_pitch)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(in + v * L);
-  accumulate<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K);
-  if (t.K2 > 0) accumulate<P, NV, M>(acc, t.a2, t.row2, P::per_word, t.b2, t.b2_pitch, t.K2);
-  S* out = t.out;
-  const int64_t out_pitch = t.out_pitch;
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r, out += out_pitch)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(out + v * L, acc[r][v]);
+  Vec<typename P::Sum> acc[M][NV] = {};
+  if (!t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
+  add_chains<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K, t.out, t.out_pitch);
+  if (t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
+  if (t.K2 > 0) add_chains<P, NV, M>(acc, t.a2, t.row2, P::per_word, t.b2, t.b2_pitch, t.K2, t.out, t.out_pitch);
+  store_rows<P, NV, M>(acc, t.out, t.out_pitch);
 }
 
 template <class P, int NV, int M>
@@ -67,12 +89,11 @@ template <class P>
 void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64_t K, const typename P::Sum* b,
                     int64_t b_pitch, int nv, const typename P::Sum* in, int64_t in_pitch, typename P::Sum* c,
                     int64_t ldc) {
-  constexpr int64_t kBlock = 512;
-  for (int64_t k = 0; k == 0 || k < K; k += kBlock) {
+  for (int64_t k = 0; k == 0 || k < K; k += kChain) {
     for_row_tiles(rows, nv, [&](int64_t r, int m) {
       multiply(Tile<P>{m, nv, a + r * lda + k * P::per_word, lda, P::per_word, b + k * b_pitch, b_pitch,
-                       min64(kBlock, K - k), k > 0 ? c + r * ldc : in + r * in_pitch, k > 0 ? ldc : in_pitch,
-                       c + r * ldc, ldc});
+                       min64(kChain, K - k), k > 0 ? c + r * ldc : in + r * in_pitch, k > 0 ? ldc : in_pitch,
+                       c + r * ldc, ldc, nullptr, 0, nullptr, 0, 0, k > 0});
     });
   }
 }

@@ -1,9 +1,9 @@
 // Products on packed panels, the one place where floating-point work is done in bulk.
 //
 // C += A B, where B is packed in panels of NV vectors (for every k, NV vectors side by side) and A is read one value at
-// a time and broadcast. A tile of M rows x NV vectors of C stays in registers over the whole of K. Each element of C is
-// one chain of fused multiply-adds in the order of k, whatever the tile, so that a row's result does not depend on
-// how many rows there are.
+// a time and broadcast. A tile of M rows x NV vectors of C stays in registers over a run of K. Each element of C is a
+// sum of chains of fused multiply-adds, each of kChain words in the order of k, whatever the tile, so that a row's
+// result does not depend on how many rows there are, and rounding grows with the length of a chain and not of K.
 #pragma once
 #include "cpu/operand.h"
 
@@ -12,6 +12,7 @@ namespace FSQ_ISA {
 
 constexpr int kMaxPanel = 4;  // vectors
 constexpr int kMaxTile = 8;   // rows
+constexpr int64_t kChain = 256;
 
 // Rows of a tile by its width in vectors, so that accumulators, a column of A and a vector of B fill the registers.
 constexpr int tile_rows(int nv) {
@@ -43,6 +44,7 @@ struct Tile {
   int64_t row2 = 0;
   const S* b2 = nullptr;
   int64_t b2_pitch = 0, K2 = 0;
+  bool apart = false;  // the first chain starts at 0 and `in` is added after it, for a product cut along K
 };
 template <class P>
 void multiply(const Tile<P>& t);
