@@ -29,11 +29,19 @@ struct Rows {
   int64_t st, sb;
 };
 
+// Memory of the caller for what a call needs only while it runs, aligned to 64 bytes. A call that finds too little
+// makes its own, which costs it the mapping of every page; `needed` becomes the most that any call would have used.
+struct Scratch {
+  void* data;
+  int64_t bytes, needed;
+};
+
 // One layer, all its directions, forward. Nothing is allocated beyond the call; outputs are the caller's.
 struct ScanParams {
   Cell cell;
   DType dtype;  // of x, states, weights and outputs; half types compute in float32, reserve is float32
   int threads;
+  Scratch* scratch;  // or null
   int64_t T, B, I, H, R, D;
   Rows x;                            // [T,B,I]
   const void* h0;                    // [D,B,R] dense, or null: zeros

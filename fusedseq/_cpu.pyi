@@ -12,7 +12,14 @@ _Weights: TypeAlias = tuple[tuple[_Address, _Address, _Address, _Address, _Addre
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
+
+class Scratch:
+    def __init__(self, limit: int, /) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
 def scan_forward(
+    scratch: Scratch,
     cell: int,
     dtype: int,
     threads: int,
@@ -32,6 +39,7 @@ def scan_forward(
     /,
 ) -> None: ...
 def scan_backward(
+    scratch: Scratch,
     cell: int,
     dtype: int,
     threads: int,

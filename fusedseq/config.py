@@ -28,6 +28,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     isa: str | None = None
+    scratch_mb: int = 128
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -48,6 +49,15 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     raise ValueError(f"{name}: expected 1 or 0, got {environ[name]!r}")
 
 
+def _count(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, "").strip()
+    if not value:
+        return default
+    if not value.isdecimal():
+        raise ValueError(f"{name}: expected a whole number of at least 0, got {environ[name]!r}")
+    return int(value)
+
+
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Read and validate the variables; a value nobody understands is an error, never ignored."""
     environ = os.environ if environ is None else environ
@@ -55,6 +65,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         backend=_one_of(environ, "FUSEDSEQ_BACKEND", BACKENDS),
         strict=_flag(environ, "FUSEDSEQ_STRICT"),
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
+        scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
     )
 
 

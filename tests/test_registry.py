@@ -248,6 +248,7 @@ def test_backward_uses_the_backend_of_forward() -> None:
         ({"FUSEDSEQ_BACKEND": "", "FUSEDSEQ_STRICT": "", "FUSEDSEQ_ISA": "auto"}, config.Settings()),
         ({"FUSEDSEQ_BACKEND": " Reference "}, config.Settings(backend="reference")),
         ({"FUSEDSEQ_STRICT": "1", "FUSEDSEQ_ISA": "avx2"}, config.Settings(strict=True, isa="avx2")),
+        ({"FUSEDSEQ_SCRATCH_MB": "7"}, config.Settings(scratch_mb=7)),
         ({"FUSEDSEQ_STRICT": "off"}, config.Settings()),
     ],
 )
@@ -261,6 +262,7 @@ def test_environment(environ: dict[str, str], expected: config.Settings) -> None
         ("FUSEDSEQ_BACKEND", "warp", "cpu, reference or auto"),
         ("FUSEDSEQ_STRICT", "perhaps", "1 or 0"),
         ("FUSEDSEQ_ISA", "sse9", "baseline, avx2"),
+        ("FUSEDSEQ_SCRATCH_MB", "-1", "whole number"),
     ],
 )
 def test_environment_errors(name: str, value: str, expected: str) -> None:

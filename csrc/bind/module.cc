@@ -7,6 +7,7 @@
 
 #include "bind/step.h"
 #include "fusedseq.h"
+#include "memory.h"
 
 namespace py = pybind11;
 using namespace fusedseq;
@@ -62,15 +63,33 @@ void weights(const py::tuple& all, T* (&w_ih)[2], T* (&w_hh)[2], T* (&b_ih)[2], 
   }
 }
 
-ScanParams scan_params(int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
-                       const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
-                       const py::handle& batch_sizes, const py::handle& resets, const py::handle& y,
-                       const py::handle& c_all, const py::handle& h_n, const py::handle& c_n,
+// Scratch that one caller keeps from call to call: as much as its largest call needed, up to a limit.
+class KeptScratch : public Scratch {
+ public:
+  explicit KeptScratch(int64_t limit) : Scratch{nullptr, 0, 0}, limit_(limit) {}
+  KeptScratch(const KeptScratch&) = delete;
+  ~KeptScratch() { free(data); }
+  void grow() {
+    if (needed <= bytes || needed > limit_) return;
+    free(data);
+    data = allocate_scratch(needed);
+    bytes = data ? needed : 0;
+  }
+
+ private:
+  const int64_t limit_;
+};
+
+ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes,
+                       const py::handle& x, const py::handle& h0, const py::handle& c0, const py::tuple& w,
+                       const py::handle& lengths, const py::handle& batch_sizes, const py::handle& resets,
+                       const py::handle& y, const py::handle& c_all, const py::handle& h_n, const py::handle& c_n,
                        const py::handle& reserve) {
   ScanParams p{};
   p.cell = Cell(cell);
   p.dtype = DType(dtype);
   p.threads = threads < 1 ? 1 : threads;
+  p.scratch = &scratch;
   int64_t* const into[] = {&p.T, &p.B, &p.I, &p.H, &p.R, &p.D};
   for (size_t i = 0; i < 6; ++i) *into[i] = sizes[i].cast<int64_t>();
   p.x = rows(x);
@@ -98,23 +117,26 @@ void call(Status (*f)(const P&), const P& p) {
   if (status == Status::out_of_memory) throw std::bad_alloc();
 }
 
-void scan_forward(int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x, const py::handle& h0,
-                  const py::handle& c0, const py::tuple& w, const py::handle& lengths, const py::handle& batch_sizes,
-                  const py::handle& resets, const py::handle& y, const py::handle& c_all, const py::handle& h_n,
-                  const py::handle& c_n, const py::handle& reserve) {
-  call(active->forward, scan_params(cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, c_all,
-                                    h_n, c_n, reserve));
+void scan_forward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
+                  const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
+                  const py::handle& batch_sizes, const py::handle& resets, const py::handle& y, const py::handle& c_all,
+                  const py::handle& h_n, const py::handle& c_n, const py::handle& reserve) {
+  const ScanParams p = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y,
+                                   c_all, h_n, c_n, reserve);
+  call(active->forward, p);
+  scratch.grow();
 }
 
-void scan_backward(int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x, const py::handle& h0,
-                   const py::handle& c0, const py::tuple& w, const py::handle& lengths, const py::handle& batch_sizes,
-                   const py::handle& resets, const py::handle& y, const py::handle& reserve, const py::handle& dy,
-                   const py::handle& dc_all, const py::handle& dh_n, const py::handle& dc_n, const py::handle& dx,
-                   const py::handle& dh0, const py::handle& dc0, const py::tuple& dw) {
+void scan_backward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
+                   const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
+                   const py::handle& batch_sizes, const py::handle& resets, const py::handle& y,
+                   const py::handle& reserve, const py::handle& dy, const py::handle& dc_all, const py::handle& dh_n,
+                   const py::handle& dc_n, const py::handle& dx, const py::handle& dh0, const py::handle& dc0,
+                   const py::tuple& dw) {
   const py::none none;
   ScanGradParams p{};
-  p.fwd = scan_params(cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, none, none, none,
-                      reserve);
+  p.fwd = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, none, none,
+                      none, reserve);
   p.dy = rows(dy);
   p.dc_all = rows(dc_all);
   p.dh_n = pointer(dh_n);
@@ -124,6 +146,7 @@ void scan_backward(int cell, int dtype, int threads, const py::tuple& sizes, con
   p.dc0 = pointer(dc0);
   weights<void>(dw, p.dw_ih, p.dw_hh, p.db_ih, p.db_hh, p.dw_hr);
   call(active->backward, p);
+  scratch.grow();
 }
 
 void apply_math(int which, int dtype, uintptr_t x, uintptr_t y, int64_t n) {
@@ -146,6 +169,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &isas, "Rows of the ISA table this machine can run, slowest first.");
   m.def("isa", [] { return active->name; }, "The row in use.");
   m.def("set_isa", &set_isa, "Uses the named row.");
+  py::class_<KeptScratch>(m, "Scratch", "Memory that one thread's calls share, as much as they need up to a limit.")
+      .def(py::init<int64_t>())
+      .def_readonly("bytes", &KeptScratch::bytes);
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled; called with tensors.")

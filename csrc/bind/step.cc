@@ -23,12 +23,12 @@ char* address(PyObject* tensor) {
 }
 char* address(const py::handle& x) { return x.is_none() ? nullptr : address(x.ptr()); }
 
-struct Scratch {
-  explicit Scratch(size_t bytes) : data(bytes ? static_cast<char*>(malloc(bytes)) : nullptr) {
+struct Buffer {
+  explicit Buffer(size_t bytes) : data(bytes ? static_cast<char*>(malloc(bytes)) : nullptr) {
     if (bytes && !data) throw std::bad_alloc();
   }
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
   char* const data;
 };
 
@@ -50,8 +50,8 @@ void Step::run(const CpuTable& table, int threads, const py::handle& x, const py
   if (!PyList_Check(weights.ptr()) || PyList_GET_SIZE(weights.ptr()) != layers_ * per_layer)
     throw py::type_error("weights: expected a list of " + std::to_string(layers_ * per_layer) + " tensors");
   const int64_t state = p_.D * p_.B * p_.R * value_bytes_, cells = p_.D * p_.B * p_.H * value_bytes_;
-  const Scratch between(layers_ > 1 && p_.D > 1 ? 2 * size_t(state) : 0);  // outputs of layers that feed others
-  const Scratch calls(sizeof(ScanParams) * size_t(layers_));
+  const Buffer between(layers_ > 1 && p_.D > 1 ? 2 * size_t(state) : 0);  // outputs of layers that feed others
+  const Buffer calls(sizeof(ScanParams) * size_t(layers_));
   ScanParams* const all = reinterpret_cast<ScanParams*>(calls.data);
   char *in = address(x), *const h_in = address(h0), *const c_in = address(c0);
   char *const out = address(y), *const h_out = address(h_n), *const c_out = address(c_n);

@@ -6,10 +6,10 @@
 #endif
 #if !defined(_WIN32)
 #include <sched.h>
-#include <sys/mman.h>
 #endif
 
 #include "cpu/vec.h"
+#include "memory.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -67,23 +67,22 @@ FSQ_INLINE int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; 
 FSQ_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FSQ_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Scratch of one call. The same code lays it out twice: first to measure (every take gives null), then for real.
+// Scratch of one call, in the caller's memory if it has enough. The same code lays it out twice: first to measure
+// (every take gives null), then for real.
 class Arena {
  public:
   Arena() = default;
   Arena(const Arena&) = delete;
-  ~Arena() { free(base_); }
-  bool allocate() {
-    const int64_t size = used_ + 64;
-    const bool huge = size >= 4 * kHugePage;
-    base_ = static_cast<char*>(huge ? aligned_alloc(kHugePage, size_t(round_up(size, kHugePage)))
-                                    : aligned_alloc(64, size_t(round_up(size, 64))));
-#if defined(MADV_HUGEPAGE)
-    if (huge && base_)
-      madvise(base_, size_t(round_up(size, kHugePage)), MADV_HUGEPAGE);  // a hint; a refusal is no loss
-#endif
+  ~Arena() { free(owned_); }
+  bool allocate(Scratch* callers) {
+    const int64_t bytes = used_ + 64;
+    if (callers && callers->needed < bytes) callers->needed = bytes;
+    if (callers && callers->bytes >= bytes)
+      base_ = static_cast<char*>(callers->data);
+    else
+      base_ = owned_ = allocate_scratch(bytes);
 #if defined(__SANITIZE_ADDRESS__)
-    if (base_) memset(base_, 0xff, size_t(used_));  // NaN in every type
+    if (base_) memset(base_, 0xff, size_t(bytes));  // NaN in every type
 #endif
     used_ = 0;
     return base_ != nullptr;
@@ -96,8 +95,7 @@ class Arena {
   }
 
  private:
-  static constexpr int64_t kHugePage = 2 << 20;
-  char* base_ = nullptr;
+  char *base_ = nullptr, *owned_ = nullptr;
   int64_t used_ = 0;
 };
 

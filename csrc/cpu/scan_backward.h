@@ -27,7 +27,7 @@ class BackwardScan {
     const Share probe = share(0, threads);
     if (probe.groups * probe.threads == 1) threads = 1;
     place(probe.groups);
-    if (!arena.allocate()) return Status::out_of_memory;
+    if (!arena.allocate(f.scratch)) return Status::out_of_memory;
     place(probe.groups);
     lay.fill(f);
     for (int i = 0; i < probe.groups * (threads + 1); ++i) barriers[i] = Barrier();

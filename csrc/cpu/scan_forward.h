@@ -34,7 +34,7 @@ class ForwardScan {
     if (probe.groups * probe.threads == 1) threads = 1;
     group_threads = probe.threads;
     place(probe.groups);
-    if (!arena.allocate()) return Status::out_of_memory;
+    if (!arena.allocate(p.scratch)) return Status::out_of_memory;
     place(probe.groups);
     lay.fill(p);
     direct = sizeof(Value) == size_t(dtype_size(p.dtype)) && p.I > 0 && p.I % P::per_word == 0 && lay.dense(p.x);

@@ -6,6 +6,7 @@ here. Every output is written by the core, so nothing is zeroed first except wha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,16 @@ _GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu":
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _threads = torch.get_num_threads
+
+
+class _Local(threading.local):
+    """Each thread's calls share one scratch."""
+
+    def __init__(self) -> None:
+        self.scratch = _core.Scratch(config.settings.scratch_mb << 20)
+
+
+_local: Any = _Local() if _core is not None else None
 
 
 def missing() -> str | None:
@@ -129,7 +140,7 @@ def scan_forward(
     c_n = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
     reserve = reserve_like(cell, x, weights, bidirectional) if save else None
     _core.scan_forward(
-        _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _rows(c_all, packed, batch_first), _pointer(h_n), _pointer(c_n),
         _pointer(reserve),
@@ -155,7 +166,7 @@ def cell_forward(
     reserve = reserve_like(cell, x.unsqueeze(0), weights, False) if save else None
     out = h_new.data_ptr()
     _core.scan_forward(
-        _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
         (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
         (out, 0, state), None, out, _pointer(c_new), _pointer(reserve),
     )  # fmt: skip
@@ -184,7 +195,7 @@ def cell_backward(
     dc0 = x.new_empty((batch, hidden)) if cell == "lstm" else None
     dweights = _weight_grads(x, weights) if need_dw else []
     _core.scan_backward(
-        _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
         (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
         (h_new.data_ptr(), 0, state), _pointer(reserve), None, None, _pointer(dh), _pointer(dc),
         (dx.data_ptr(), 0, inputs) if dx is not None else None, dh0.data_ptr(), _pointer(dc0),
@@ -255,7 +266,7 @@ def scan_backward(
     dc0 = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
     dweights = _weight_grads(x, weights) if need_dw else []
     _core.scan_backward(
-        _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _pointer(reserve),
         _rows(dy, packed, batch_first), _rows(dc_all, packed, batch_first), _pointer(dh_n), _pointer(dc_n),
