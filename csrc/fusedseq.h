@@ -59,6 +59,7 @@ struct ScanParams {
   void* h_n;                         // [D,B,R] dense; may be y itself if T = 1, D = 1
   void* c_n;                         // [D,B,H] dense, LSTM only
   void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
+  bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
 };
 
 // The backward of the same call. Gradients that come in may be null (zero); dx and the weights' may be

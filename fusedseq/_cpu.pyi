@@ -36,6 +36,7 @@ def scan_forward(
     h_n: _Address,
     c_n: _Address,
     reserve: _Address,
+    recompute: bool,
     /,
 ) -> None: ...
 def scan_backward(
@@ -53,6 +54,7 @@ def scan_backward(
     resets: _Rows,
     y: _Rows,
     reserve: _Address,
+    recompute: bool,
     dy: _Rows,
     dc_all: _Rows,
     dh_n: _Address,

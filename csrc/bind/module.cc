@@ -84,7 +84,7 @@ ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, c
                        const py::handle& x, const py::handle& h0, const py::handle& c0, const py::tuple& w,
                        const py::handle& lengths, const py::handle& batch_sizes, const py::handle& resets,
                        const py::handle& y, const py::handle& c_all, const py::handle& h_n, const py::handle& c_n,
-                       const py::handle& reserve) {
+                       const py::handle& reserve, bool recompute) {
   ScanParams p{};
   p.cell = Cell(cell);
   p.dtype = DType(dtype);
@@ -104,6 +104,8 @@ ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, c
   p.h_n = pointer(h_n);
   p.c_n = pointer(c_n);
   p.reserve = pointer(reserve);
+  p.recompute = recompute;
+  p.recompute = recompute;
   return p;
 }
 
@@ -120,9 +122,9 @@ void call(Status (*f)(const P&), const P& p) {
 void scan_forward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
                   const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
                   const py::handle& batch_sizes, const py::handle& resets, const py::handle& y, const py::handle& c_all,
-                  const py::handle& h_n, const py::handle& c_n, const py::handle& reserve) {
+                  const py::handle& h_n, const py::handle& c_n, const py::handle& reserve, bool recompute) {
   const ScanParams p = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y,
-                                   c_all, h_n, c_n, reserve);
+                                   c_all, h_n, c_n, reserve, recompute);
   call(active->forward, p);
   scratch.grow();
 }
@@ -130,13 +132,13 @@ void scan_forward(KeptScratch& scratch, int cell, int dtype, int threads, const 
 void scan_backward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
                    const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
                    const py::handle& batch_sizes, const py::handle& resets, const py::handle& y,
-                   const py::handle& reserve, const py::handle& dy, const py::handle& dc_all, const py::handle& dh_n,
-                   const py::handle& dc_n, const py::handle& dx, const py::handle& dh0, const py::handle& dc0,
-                   const py::tuple& dw) {
+                   const py::handle& reserve, bool recompute, const py::handle& dy, const py::handle& dc_all,
+                   const py::handle& dh_n, const py::handle& dc_n, const py::handle& dx, const py::handle& dh0,
+                   const py::handle& dc0, const py::tuple& dw) {
   const py::none none;
   ScanGradParams p{};
   p.fwd = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, none, none,
-                      none, reserve);
+                      none, reserve, recompute);
   p.dy = rows(dy);
   p.dc_all = rows(dc_all);
   p.dh_n = pointer(dh_n);

@@ -2,16 +2,10 @@
 //
 // Each element of a weight gradient sums its rows in an order that depends on the shapes alone, never on the threads.
 #pragma once
-#include "cpu/traits.h"
+#include "cpu/recompute.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
-
-// A vector in a user tensor, or nothing (zeros).
-struct Stored {
-  const void* data;
-  int64_t at;
-};
 
 template <Cell C, class P>
 class ChunkGrads {
@@ -24,7 +18,8 @@ class ChunkGrads {
   static constexpr int kTall = tile_rows(kMaxPanel);
 
  public:
-  ChunkGrads(const ScanGradParams& p, const Layout& lay) : p(p), f(p.fwd), lay(lay) {}
+  ChunkGrads(const ScanGradParams& p, const Layout& lay, const Kept<C, P>& kept)
+      : p(p), f(p.fwd), lay(lay), kept(kept) {}
 
   int64_t gate_columns() const { return kColumns * f.H; }
   int64_t gate_pitch() const { return round_up(gate_columns(), L) + L; }
@@ -95,14 +90,6 @@ class ChunkGrads {
     });
   }
 
-  bool is_first(int64_t d, int64_t t, int64_t j) const { return d == 0 ? t == 0 : t == lay.length(j) - 1; }
-  // The state that entered step t of row j.
-  Stored state_before(int64_t d, int64_t t, int64_t j) const {
-    if (lay.flag(f.resets, t, j)) return {nullptr, 0};
-    if (is_first(d, t, j)) return {f.h0, (d * f.B + lay.user_row(j)) * f.R};
-    return {f.y.data, lay.at(f.y, d == 0 ? t - 1 : t + 1, j) + d * f.R};
-  }
-
  private:
   struct Work {
     S *w_ih, *dx, *left, *left_hr, *x, *h, *m, *db;
@@ -111,6 +98,7 @@ class ChunkGrads {
   const ScanGradParams& p;
   const ScanParams& f;
   const Layout& lay;
+  const Kept<C, P>& kept;
   Work work[kMaxDirections];
   S* dx_rows[kMaxDirections];
 
@@ -132,11 +120,6 @@ class ChunkGrads {
     if (p.dw_hr[d]) memset(p.dw_hr[d], 0, sizeof(S) * size_t(f.R * f.H));
   }
 
-  const S* saved(int64_t d, int64_t t, int64_t j) const {
-    const int64_t rows = f.batch_sizes ? lay.total() : f.T * f.B;
-    return static_cast<const S*>(f.reserve) + (d * rows + lay.offset(t) + j) * saved_values(C) * f.H;
-  }
-
   // A vector of row k into the panels of an operand `width` wide and `rows` words long: panel of vector v at v * L *
   // rows.
   static void put_right(S* base, int64_t rows, int64_t width, int64_t k, int64_t v, V value) {
@@ -153,16 +136,17 @@ class ChunkGrads {
     lay.for_rows(t0, t1, mine, [&](int64_t t, int64_t j, int64_t k) {
       for (int64_t v = 0; v * L < f.I; ++v)
         put_right(w.x, n, f.I, k, v, load_as<S>(f.x.data, f.dtype, lay.at(f.x, t, j) + v * L, f.I - v * L));
-      const Stored h = state_before(d, t, j);
+      const Stored h = kept.state_before(d, t, j);
       for (int64_t v = 0; v * L < f.R; ++v) {
         const V before = h.data ? load_as<S>(h.data, f.dtype, h.at + v * L, f.R - v * L) : V{};
         put_right(w.h, n, f.R, k, v, before);
         if constexpr (C == Cell::gru_reset_before)  // W_hn was multiplied with r h
-          put_right(w.h + n * padded(f.R), n, f.R, k, v, before * load_n(saved(d, t, j) + v * L, f.H - v * L));
+          put_right(w.h + n * padded(f.R), n, f.R, k, v,
+                    before * load_n(kept.gates(s.group, d, t, j) + v * L, f.H - v * L));
       }
       if constexpr (C == Cell::lstm) {
         if (!projected()) return;
-        const S* row = saved(d, t, j);
+        const S* row = kept.gates(s.group, d, t, j);
         for (int64_t v = 0; v * L < f.H; ++v) {
           const V o = load_n(row + 3 * f.H + v * L, f.H - v * L), c = load_n(row + 4 * f.H + v * L, f.H - v * L);
           put_right(w.m, n, f.H, k, v, o * Activations().state(c));

@@ -20,7 +20,7 @@ class BackwardScan {
   static constexpr bool kGruBefore = C == Cell::gru_reset_before;
 
  public:
-  explicit BackwardScan(const ScanGradParams& p) : p(p), f(p.fwd), grads(p, lay) {}
+  explicit BackwardScan(const ScanGradParams& p) : p(p), f(p.fwd), kept(f, lay), grads(p, lay, kept) {}
 
   Status run() {
     int threads = f.threads;
@@ -54,6 +54,7 @@ class BackwardScan {
   Arena arena;
   Barrier* barriers = nullptr;
   Work work[kMaxDirections];
+  Kept<C, P> kept;
   ChunkGrads<C, P> grads;
   const Activations act{};
 
@@ -81,6 +82,7 @@ class BackwardScan {
       w.dh = arena.take<Value>(projected() ? grads.chunk_rows() * hp() : 0);
       w.dc = arena.take<S>(C == Cell::lstm ? f.B * cp() : 0);
       w.carry = arena.take<S>(C == Cell::gru || kGruBefore ? f.B * cp() : 0);
+      kept.place(arena, g, grads.chunk_rows());
       grads.place(arena, g);
     }
     grads.place_dx(arena);
@@ -106,6 +108,7 @@ class BackwardScan {
     Barrier& team = barriers[s.group * (threads + 1) + 1 + s.team];
     const bool reverse = d == 1;
     pack(s, w, d);
+    kept.begin(s, d);
     grads.begin(s, d);
     if (P::per_word > 1) clear_ends(s, w);
     const Range mine = split(f.B, s.thread, s.threads);
@@ -116,10 +119,11 @@ class BackwardScan {
       const int64_t k0 = max64(0, k1 - steps);
       const int64_t t0 = reverse ? f.T - k1 : k0, t1 = reverse ? f.T - k0 : k1;
       const int64_t row0 = lay.offset(t0);
+      kept.chunk(s, group, d, t0, t1);
       for (int64_t k = k1 - 1; k >= k0; --k) {
         const int64_t t = reverse ? f.T - 1 - k : k, later = reverse ? t - 1 : t + 1;
         const Value* next = k == k1 - 1 ? w.edge : w.dg + (lay.offset(later) - row0) * gp();
-        step(s, w, Moment{d, t, later, reverse}, w.dg + (lay.offset(t) - row0) * gp(), next,
+        step(s, w, Moment{d, t, later, s.group, reverse}, w.dg + (lay.offset(t) - row0) * gp(), next,
              w.dh + (lay.offset(t) - row0) * hp(), team);
       }
       group.wait(s.threads);
@@ -132,7 +136,7 @@ class BackwardScan {
       group.wait(s.threads);
     }
     const int64_t before = reverse ? f.T : -1;
-    step(s, w, Moment{d, before, reverse ? f.T - 1 : 0, reverse}, nullptr, w.edge, nullptr, team);
+    step(s, w, Moment{d, before, reverse ? f.T - 1 : 0, s.group, reverse}, nullptr, w.edge, nullptr, team);
     group.wait(s.threads);
     for (int64_t j = mine.begin; j < mine.end; ++j) end_row(w, d, j);
     grads.finish(s, d);
@@ -174,6 +178,7 @@ class BackwardScan {
 
   struct Moment {
     int64_t d, t, later;  // `later`: the step that forward did next
+    int group;
     bool reverse;
   };
 
@@ -248,13 +253,10 @@ class BackwardScan {
     multiply(t);
   }
 
-  const S* saved(const Moment& at, int64_t t, int64_t j) const {
-    const int64_t rows = f.batch_sizes ? lay.total() : f.T * f.B;
-    return static_cast<const S*>(f.reserve) + (at.d * rows + lay.offset(t) + j) * kSaved * f.H;
-  }
+  const S* saved(const Moment& at, int64_t j) const { return kept.gates(at.group, at.d, at.t, j); }
   V slot(const S* row, int k, int64_t unit) const { return load_n(row + k * f.H + unit, f.H - unit); }
   V state_before(const Moment& at, int64_t j, int64_t unit) const {
-    const Stored h = grads.state_before(at.d, at.t, j);
+    const Stored h = kept.state_before(at.d, at.t, j);
     return h.data ? load_as<S>(h.data, f.dtype, h.at + unit, f.R - unit) : V{};
   }
   void put(Value* dg, int gate, int64_t unit, V v) const { store_values<P>(dg + gate * f.H + unit, v, f.H - unit); }
@@ -262,11 +264,11 @@ class BackwardScan {
   inline __attribute__((always_inline)) void cell(const Work& w, const Moment& at, int64_t j, int64_t unit, V dh,
                                                   Value* dg) const {
     if constexpr (C == Cell::lstm) {
-      const S* now = saved(at, at.t, j);
-      const bool cut = lay.flag(f.resets, at.t, j), first = grads.is_first(at.d, at.t, j);
+      const S* now = saved(at, j);
+      const bool cut = lay.flag(f.resets, at.t, j), first = kept.is_first(at.d, at.t, j);
       V c_prev{};
       if (!cut && !first)
-        c_prev = slot(saved(at, at.reverse ? at.t + 1 : at.t - 1, j), 4, unit);
+        c_prev = load_n(kept.cell(at.d, at.reverse ? at.t + 1 : at.t - 1, j) + unit, f.H - unit);
       else if (!cut && f.c0)
         c_prev = load_as<S>(f.c0, f.dtype, (at.d * f.B + lay.user_row(j)) * f.H + unit, f.H - unit);
       S* const dc = w.dc + j * cp() + unit;
@@ -281,7 +283,7 @@ class BackwardScan {
       put(dg, 3, unit, g.dg_o);
       store(dc, cut ? V{} : g.dc_prev);
     } else if constexpr (C == Cell::gru) {
-      const S* now = saved(at, at.t, j);
+      const S* now = saved(at, j);
       const GruGrad<V> g = gru_bwd(slot(now, 0, unit), slot(now, 1, unit), slot(now, 2, unit), slot(now, 3, unit),
                                    state_before(at, j, unit), dh, act);
       put(dg, 0, unit, g.dr);
@@ -290,7 +292,7 @@ class BackwardScan {
       put(dg, 3, unit, g.dhn);
       store(w.carry + j * cp() + unit, g.dh_prev);
     } else if constexpr (kGruBefore) {
-      const S* now = saved(at, at.t, j);
+      const S* now = saved(at, j);
       const GruGrad<V> g = gru_before_bwd(slot(now, 1, unit), slot(now, 2, unit), state_before(at, j, unit), dh, act);
       put(dg, 1, unit, g.dz);
       put(dg, 2, unit, g.dn);
@@ -335,7 +337,7 @@ class BackwardScan {
             const int64_t unit = (v + k) * L;
             S* const carry = w.carry + (j + i) * cp() + unit;
             V dh_prev = load(carry);
-            const V dr = gru_before_bwd_reset(slot(saved(at, at.t, j + i), 0, unit), state_before(at, j + i, unit),
+            const V dr = gru_before_bwd_reset(slot(saved(at, j + i), 0, unit), state_before(at, j + i, unit),
                                               load(sums + (i * u + k) * L), dh_prev, act);
             put(dg + (j + i) * gp(), 0, unit, dr);
             store(carry, dh_prev);

@@ -5,7 +5,7 @@
 // starting from that buffer, and applies the cell while the sums are still in registers. Only h crosses threads:
 // one barrier per step.
 #pragma once
-#include "cpu/traits.h"
+#include "cpu/gate_panels.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -61,7 +61,8 @@ class ForwardScan {
   };
   struct Work {  // scratch of one group
     Out* outs;   // B for each slice
-    S *w_ih, *w_hh, *w_hr, *bias_x, *bias_h, *gx, *c, *z;
+    GatePanels<C, P> panels;
+    S *w_hr, *gx, *c, *z;
     Value *x, *m;
     State state[2];
   };
@@ -113,11 +114,8 @@ class ForwardScan {
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
       w.outs = arena.take<Out>(p.B * min64(p.threads, vectors()));  // groups may differ in threads
-      w.w_ih = arena.take<S>(unpacked() ? 0 : G * n * x_words());
-      w.w_hh = arena.take<S>(unpacked() ? 0 : G * n * h_words());
+      w.panels.place(arena, p, !unpacked());
       w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * words<P>(p.H) : 0);
-      w.bias_x = arena.take<S>(G * n);
-      w.bias_h = arena.take<S>(n);
       w.x = arena.take<Value>(rows * x_words() * P::per_word);
       w.gx = arena.take<S>(rows * G * n);
       for (State& state : w.state) {
@@ -130,50 +128,26 @@ class ForwardScan {
     }
   }
 
-  // Panels of a block start at the block's base; the panel of unit vector v begins v vectors further, whatever U is.
-  template <class Blk>
-  static S* block(S* base, int64_t n, int64_t K) {
-    return base + (Blk::gate0 * n) * K;
-  }
-
   template <class Blk>
   void pack(const Share& s, const Work& w, int64_t d) {
-    const int64_t n = vectors() * L;
-    const int ng = Blk::gates;
     int turn = 0;
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
-      if (turn++ % s.teams != s.team) return;
-      if (!unpacked()) {
-        S* const w_ih = block<Blk>(w.w_ih, n, x_words()) + v * ng * L * x_words();
-        S* const w_hh = block<Blk>(w.w_hh, n, h_words()) + v * ng * L * h_words();
-        pack_gates<P>(w_ih, ng, u, p.w_ih[d], p.dtype, Blk::gate0, p.H, v * L, p.I);
-        pack_gates<P>(w_hh, ng, u, p.w_hh[d], p.dtype, Blk::gate0, p.H, v * L, p.R);
-      }
-      for (int g = 0; g < ng; ++g)
-        for (int i = 0; i < u; ++i) {
-          // torch's GRU keeps b_hn apart: it is multiplied by the reset gate.
-          const bool apart = C == Cell::gru && g == 2;
-          const int64_t unit = (v + i) * L;
-          store(block<Blk>(w.bias_x, n, 1) + (v * ng + g * u + i) * L,
-                load_bias<S>(p.b_ih[d], apart ? nullptr : p.b_hh[d], p.dtype, Blk::gate0 + g, p.H, unit));
-          if (apart) store(w.bias_h + unit, load_bias<S>(p.b_hh[d], nullptr, p.dtype, 2, p.H, unit));
-        }
+      if (turn++ % s.teams == s.team) w.panels.template pack<Blk>(p, d, v, u);
     });
   }
 
   template <class Blk>
   void project(const Share& s, const Work& w, int64_t d, const Value* x, Range rows, int64_t chunk_rows) {
-    const int64_t n = vectors() * L, pitch = x_pitch();
+    const int64_t pitch = x_pitch();
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
-      const S* bias = block<Blk>(w.bias_x, n, 1) + v * Blk::gates * L;
-      S* gx = gates<Blk>(w, v, chunk_rows) + rows.begin * nv * L;
+      const S* bias = w.panels.template bias_x<Blk>(v);
+      S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + rows.begin * nv * L;
       if (unpacked())
         gate_dots<Blk>(x + rows.begin * pitch, pitch, rows.size(), p.w_ih[d], p.I, v, u, bias, 0, gx);
       else
-        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(),
-                          block<Blk>(w.w_ih, n, x_words()) + v * Blk::gates * L * x_words(), nv * L, nv, bias, 0, gx,
-                          nv * L);
+        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(), w.panels.template w_ih<Blk>(v), nv * L,
+                          nv, bias, 0, gx, nv * L);
     });
   }
 
@@ -188,11 +162,6 @@ class ForwardScan {
         dots(Dots<S>{a, lda, m, weight, p.dtype, (Blk::gate0 + c / u) * p.H + unit, min64(L, p.H - unit), K, in + c * L,
                      in_pitch, out + c * L, nv * L});
       }
-  }
-
-  template <class Blk>
-  S* gates(const Work& w, int64_t v, int64_t chunk_rows) const {
-    return block<Blk>(w.gx, vectors() * L, chunk_rows) + v * Blk::gates * L * chunk_rows;
   }
 
   void direction(const Share& s, int64_t d, int threads) {
@@ -258,7 +227,8 @@ class ForwardScan {
     o.y = lay.at(p.y, at.t, j) + at.d * p.R;
     o.c = p.c_all.data ? lay.at(p.c_all, at.t, j) + at.d * p.H : 0;
     const int64_t row = at.d * reserve_rows() + lay.offset(at.t) + j;
-    o.saved = p.reserve ? static_cast<S*>(p.reserve) + row * kSaved * p.H : nullptr;
+    const int kept = p.recompute ? C == Cell::lstm : kSaved;
+    o.saved = p.reserve && kept ? static_cast<S*>(p.reserve) + row * kept * p.H : nullptr;
     o.now = lay.flag(p.resets, at.t, j);
     o.next = lay.flag(p.resets, at.t_next, j);
     return o;
@@ -308,8 +278,8 @@ class ForwardScan {
     const int64_t xp = x_pitch();
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
-      const S* gx = gates<Blk>(w, v, chunk_rows) + row * nv * L;
-      const S* panel = block<Blk>(w.w_hh, vectors() * L, h_words()) + v * Blk::gates * L * h_words();
+      const S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + row * nv * L;
+      const S* panel = w.panels.template w_hh<Blk>(v);
       for_row_tiles(n, nv, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
@@ -317,17 +287,16 @@ class ForwardScan {
         if constexpr (C == Cell::gru) {  // W_hn h is summed apart from the input's part
           for (int i = 0; i < m; ++i) {
             for (int g = 0; g < 2; ++g) store(sums + (i * 3 + g) * L, load(in + (i * 3 + g) * L));
-            store(sums + (i * 3 + 2) * L, load(w.bias_h + v * L));
+            store(sums + (i * 3 + 2) * L, load(w.panels.bias_h(v)));
           }
           in = sums;
         }
         if (unpacked())
           gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
         else if (together(s))
-          multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word,
-                           block<Blk>(w.w_ih, vectors() * L, x_words()) + v * Blk::gates * L * x_words(), nv * L,
-                           x_words(), block<Blk>(w.bias_x, vectors() * L, 1) + v * Blk::gates * L, 0, sums, nv * L,
-                           a + j * lda, lda, panel, nv * L, h_words()});
+          multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word, w.panels.template w_ih<Blk>(v), nv * L,
+                           x_words(), w.panels.template bias_x<Blk>(v), 0, sums, nv * L, a + j * lda, lda, panel,
+                           nv * L, h_words()});
         else
           multiply(Tile<P>{m, nv, a + j * lda, lda, P::per_word, panel, nv * L, h_words(), in, nv * L, sums, nv * L});
         for (int i = 0; i < m; ++i) {
@@ -350,7 +319,9 @@ class ForwardScan {
       const LstmStep<V> c =
           lstm_fwd(load(sums), load(sums + pitch), load(sums + 2 * pitch), load(sums + 3 * pitch), c_prev, act);
       store(cell, c.c);
-      if (o.saved) {
+      if (o.saved && p.recompute) {
+        save(o, 0, unit, c.c);
+      } else if (o.saved) {
         save(o, 0, unit, c.i);
         save(o, 1, unit, c.f);
         save(o, 2, unit, c.g);

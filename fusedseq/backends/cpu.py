@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedseq import config
-from fusedseq.backends.reference import reserve_like
+from fusedseq.backends.reference import Save, reserve_columns, reserve_like
 
 if TYPE_CHECKING:
     from fusedseq.registry import ScanCall
@@ -124,7 +124,7 @@ def scan_forward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     cells: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     directions = 2 if bidirectional else 1
     packed = batch_sizes is not None
@@ -138,18 +138,19 @@ def scan_forward(
     c_all = make((*x.shape[:-1], directions * hidden)) if cells else None
     h_n = x.new_empty((directions, batch, state))
     c_n = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
-    reserve = reserve_like(cell, x, weights, bidirectional) if save else None
+    reserve = reserve_like(cell, x, weights, bidirectional, save) if save else None
     _core.scan_forward(
-        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first),
+        _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _rows(c_all, packed, batch_first), _pointer(h_n), _pointer(c_n),
-        _pointer(reserve),
+        _pointer(reserve), save == Save.STATES,
     )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
 
 
 def cell_forward(
-    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: bool
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     batch, inputs = x.shape
     hidden, state = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
@@ -168,7 +169,7 @@ def cell_forward(
     _core.scan_forward(
         _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
         (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
-        (out, 0, state), None, out, _pointer(c_new), _pointer(reserve),
+        (out, 0, state), None, out, _pointer(c_new), _pointer(reserve), False,
     )  # fmt: skip
     return h_new, c_new, reserve
 
@@ -197,7 +198,7 @@ def cell_backward(
     _core.scan_backward(
         _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
         (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
-        (h_new.data_ptr(), 0, state), _pointer(reserve), None, None, _pointer(dh), _pointer(dc),
+        (h_new.data_ptr(), 0, state), _pointer(reserve), False, None, None, _pointer(dh), _pointer(dc),
         (dx.data_ptr(), 0, inputs) if dx is not None else None, dh0.data_ptr(), _pointer(dc0),
         _weights(dweights, 1) if need_dw else (),
     )  # fmt: skip
@@ -266,9 +267,11 @@ def scan_backward(
     dc0 = x.new_empty((directions, batch, hidden)) if cell == "lstm" else None
     dweights = _weight_grads(x, weights) if need_dw else []
     _core.scan_backward(
-        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first), _pointer(h0), _pointer(c0),
+        _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), sizes, _rows(x, packed, batch_first),
+        _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _pointer(reserve),
+        reserve.shape[2] != reserve_columns(cell, weights, Save.GATES),
         _rows(dy, packed, batch_first), _rows(dc_all, packed, batch_first), _pointer(dh_n), _pointer(dc_n),
         _rows(dx, packed, batch_first), _pointer(dh0), _pointer(dc0),
         _weights(dweights, directions) if need_dw else (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
     from fusedseq.registry import ScanCall
 
 name = "reference"
+
+
+class Save(enum.IntEnum):
+    """What a forward pass keeps for the backward pass."""
+
+    NOTHING = 0
+    GATES = 1  # all that backward needs
+    STATES = 2  # what cannot be formed again from x, y and the weights: an LSTM's cell states
+
 
 # Columns of the reserve per hidden unit.
 _RESERVE = {"lstm": 5, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
@@ -47,7 +57,7 @@ def scan_forward(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     cells: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     with _as_told(x):
         y, h_n, c_n, c_all = scan.forward(
@@ -57,17 +67,23 @@ def scan_forward(
         )  # fmt: skip
     c_all = None if c_all is None else c_all.contiguous()
     # Zeros, not whatever the memory held: the outputs of an operator are compared between runs.
-    reserve = reserve_like(cell, x, weights, bidirectional).zero_() if save else None
+    reserve = reserve_like(cell, x, weights, bidirectional, save).zero_() if save else None
     return y.contiguous(), h_n, c_n, c_all, reserve
 
 
-def reserve_like(cell: str, x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    """An unwritten reserve of the contract's shape [D, rows, S]; the specification itself keeps nothing in it."""
+def reserve_columns(cell: str, weights: Sequence[Tensor], save: int) -> int:
     gates = 4 if cell == "lstm" else 3 if cell.startswith("gru") else 1
-    columns = _RESERVE[cell] * (weights[1].shape[0] // gates)
+    per_unit = int(cell == "lstm") if save == Save.STATES else _RESERVE[cell]
+    return per_unit * (weights[1].shape[0] // gates)
+
+
+def reserve_like(
+    cell: str, x: Tensor, weights: Sequence[Tensor], bidirectional: bool, save: int = Save.GATES
+) -> Tensor:
+    """An unwritten reserve of the contract's shape [D, rows, S]; the specification itself keeps nothing in it."""
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((2 if bidirectional else 1, rows, columns), dtype=dtype)
+    return x.new_empty((2 if bidirectional else 1, rows, reserve_columns(cell, weights, save)), dtype=dtype)
 
 
 def _lead(x: Tensor | None) -> Tensor | None:
@@ -75,7 +91,7 @@ def _lead(x: Tensor | None) -> Tensor | None:
 
 
 def cell_forward(
-    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: bool
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     _, h_n, c_n, _, reserve = scan_forward(
         cell, x.unsqueeze(0), _lead(h), _lead(c), weights, False, False, None, None, None, False, save

@@ -95,6 +95,8 @@ class LSTM(ScanModule, TorchLSTM):
         device, dtype: of the parameters. float32, float64, bfloat16 and float16; half types compute in float32, and
             the cell state stays in float32 through a scan.
         return_cells: return the last layer's cell state of every step as well (torch.nn has no such thing).
+        recompute_gates: keep no gates from the forward pass for the backward pass, which forms them again from the
+            states: less memory, about a third more time. Results and gradients are the same.
 
     Inputs:
         input: ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]`` unbatched, or a PackedSequence. T >= 1.
@@ -132,12 +134,15 @@ class LSTM(ScanModule, TorchLSTM):
             dtype: Any = None,
             *,
             return_cells: bool = False,
+            recompute_gates: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args, return_cells=False, **kwargs):
+        def __init__(self, *args, return_cells=False, recompute_gates=False, **kwargs):
             super().__init__(*args, **kwargs)
+            if recompute_gates:
+                self.recompute_gates = True
             if return_cells:
                 self.return_cells = True
 
@@ -150,7 +155,8 @@ class LSTM(ScanModule, TorchLSTM):
         return (y, (h_n, c_n), c_all) if cells else (y, (h_n, c_n))
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_cells=True" if self.return_cells else "")
+        options = ("return_cells", "recompute_gates")
+        return super().extra_repr() + "".join(f", {name}=True" for name in options if getattr(self, name))
 
     def beyond_torch(self) -> str | None:
         return "return_cells=True" if self.return_cells else None
@@ -180,6 +186,8 @@ class GRU(ScanModule, TorchGRU):
         bidirectional: a second scan runs from the end of each sequence; D = 2 directions.
         device, dtype: of the parameters. float32, float64, bfloat16 and float16; half types compute in float32.
         reset_after: apply the reset gate after the recurrent product, as torch.nn does, or before it.
+        recompute_gates: keep no gates from the forward pass for the backward pass, which forms them again from the
+            states: less memory, about a third more time. Results and gradients are the same.
 
     Inputs:
         input: ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]`` unbatched, or a PackedSequence. T >= 1.
@@ -215,12 +223,15 @@ class GRU(ScanModule, TorchGRU):
             dtype: Any = None,
             *,
             reset_after: bool = True,
+            recompute_gates: bool = False,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *args, reset_after=True, **kwargs):
+        def __init__(self, *args, reset_after=True, recompute_gates=False, **kwargs):
             super().__init__(*args, **kwargs)
+            if recompute_gates:
+                self.recompute_gates = True
             if not reset_after:
                 self.reset_after = False
 
@@ -235,7 +246,8 @@ class GRU(ScanModule, TorchGRU):
         return y, h_n
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+        before = "" if self.reset_after else ", reset_after=False"
+        return super().extra_repr() + before + (", recompute_gates=True" if self.recompute_gates else "")
 
     def beyond_torch(self) -> str | None:
         return None if self.reset_after else "reset_after=False"

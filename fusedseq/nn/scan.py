@@ -64,6 +64,9 @@ class ScanModule(Fused, _Base):
     torch is installed; only arguments that torch.nn lacks are refused in our own words.
     """
 
+    # A default on the class serves modules that were pickled, or fused, without the attribute.
+    recompute_gates: bool = False
+
     @property
     def _flat_weights(self) -> list[Any]:
         # torch keeps a list and repairs it in forward; read on demand, it cannot be stale.
@@ -216,6 +219,7 @@ class ScanModule(Fused, _Base):
             return ops.scan(
                 cell, x, h0, c0, weights, bidirectional=bidirectional, batch_first=batch_first,
                 lengths=lengths, batch_sizes=batch_sizes, resets=resets, cells=cells,
+                recompute=self.recompute_gates,
             )  # fmt: skip
         directions, n = (2 if bidirectional else 1), len(weights) // layers
         for state in (h0, c0):
@@ -233,6 +237,7 @@ class ScanModule(Fused, _Base):
             x, h_n, c_n, c_all = ops.scan(
                 cell, x, h0s[layer], c0s[layer], weights[layer * n : (layer + 1) * n], bidirectional=bidirectional,
                 batch_first=batch_first, lengths=lengths, batch_sizes=batch_sizes, resets=resets, cells=cells and last,
+                recompute=self.recompute_gates,
             )  # fmt: skip
             hs.append(h_n)
             cs.append(c_n)

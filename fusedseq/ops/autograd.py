@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedseq.backends.reference import Save
 from fusedseq.ops import derivative
 
 # Arguments of `forward` before x, h0, c0 and the weights.
@@ -26,6 +27,7 @@ class Call(NamedTuple):
     resets: Tensor | None
     cells: bool
     batch: int
+    save: Save
     step: bool  # one step on [B, ...] tensors
 
 
@@ -39,12 +41,12 @@ class Scan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
         if call.step:
-            h_n, c_n, reserve = call.backend.cell_forward(call.cell, x, h0, c0, weights, True)
+            h_n, c_n, reserve = call.backend.cell_forward(call.cell, x, h0, c0, weights, Save.GATES)
             ctx.save_for_backward(x, h0, c0, h_n, reserve, *weights)
             return None, h_n, c_n, None
         y, h_n, c_n, c_all, reserve = call.backend.scan_forward(
             call.cell, x, h0, c0, weights, call.bidirectional, call.batch_first, call.lengths, call.batch_sizes,
-            call.resets, call.cells, True,
+            call.resets, call.cells, call.save,
         )  # fmt: skip
         ctx.save_for_backward(x, h0, c0, y, reserve, *weights, call.lengths, call.batch_sizes, call.resets)
         return y, h_n, c_n, c_all

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedseq.backends.reference import Save
+
 Dims = tuple[Any, ...]
 
 
@@ -54,7 +56,7 @@ def scan(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Any, ...], tuple[A
     cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, _, batch, backend = args
     if _batched(in_dims[4]) or _batched(in_dims[8]):
         each = [[_pick(a, d, v) for a, d in zip(args[:11], in_dims[:11], strict=True)] for v in range(V)]
-        return _stack([op(*one, False, batch, backend) for one in each])
+        return _stack([op(*one, Save.NOTHING, batch, backend) for one in each])
     at = 0 if batch_first or batch_sizes is not None else 1
     y, h_n, c_n, c_all, reserve = op(
         cell,
@@ -68,7 +70,7 @@ def scan(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Any, ...], tuple[A
         None if batch_sizes is None else batch_sizes * V,
         _fold(resets, in_dims[9], at, V),
         cells,
-        False,
+        Save.NOTHING,
         batch * V,
         backend,
     )

@@ -76,10 +76,21 @@ def _forward_mode(cell: str, x: Tensor, h0: Any, c0: Any, weights: Any, *options
     )  # fmt: skip
     lengths, batch_sizes = check.data(lengths, batch_sizes, x, sizes)
     module = registry.choose(
-        registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, save), reference.name
+        registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, bool(save)), reference.name
     )  # fmt: skip
     y, h_n, c_n, c_all, _ = module.scan_forward(
-        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False
+        cell,
+        x,
+        h0,
+        c0,
+        weights,
+        bidirectional,
+        batch_first,
+        lengths,
+        batch_sizes,
+        resets,
+        cells,
+        reference.Save.NOTHING,
     )
     none = x.new_empty(0)
     return y, h_n, none if c_n is None else c_n, none.clone() if c_all is None else c_all, none.clone()

@@ -20,7 +20,7 @@ from fusedseq.ops import batching, check, derivative
 _lib = torch.library.Library("fusedseq", "DEF")
 _lib.define(
     "scan(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, bool batch_first, "
-    "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, bool cells, bool save, SymInt batch, str backend) "
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, bool cells, int save, SymInt batch, str backend) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor reserve)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -44,14 +44,14 @@ def _own(t: Tensor, *inputs: Tensor | None) -> Tensor:
 def _scan_impl(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool,
     batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None, resets: Tensor | None, cells: bool,
-    save: bool, batch: int, backend: str,
+    save: int, batch: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     sizes = check.scan(
         cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, batch
     )  # fmt: skip
     lengths, batch_sizes = check.data(lengths, batch_sizes, x, sizes)
     module = registry.choose(
-        registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, save), backend
+        registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, bool(save)), backend
     )  # fmt: skip
     y, h_n, c_n, c_all, reserve = module.scan_forward(
         cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, save
@@ -68,7 +68,7 @@ def _scan_impl(
 def _scan_fake(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], bidirectional: bool,
     batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None, resets: Tensor | None, cells: bool,
-    save: bool, batch: int, backend: str,
+    save: int, batch: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _, B, _, H, R, D = check.scan(
         cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, batch
@@ -79,7 +79,7 @@ def _scan_fake(
         x.new_empty((D, B, R)),
         x.new_empty((D, B, H) if cell == "lstm" else (0,)),
         x.new_empty((*rows, D * H) if cells else (0,)),
-        reference.reserve_like(cell, x, weights, bidirectional) if save else x.new_empty(0),
+        reference.reserve_like(cell, x, weights, bidirectional, save) if save else x.new_empty(0),
     )
 
 
@@ -100,7 +100,7 @@ def _backward_impl(
     options = (bidirectional, batch_first, lengths, batch_sizes, resets)
     if reserve.dim() != 3:
         # The forward pass did not know that it would be differentiated.
-        y, *_, reserve = module.scan_forward(cell, x, h0, c0, weights, *options, cells, True)
+        y, *_, reserve = module.scan_forward(cell, x, h0, c0, weights, *options, cells, reference.Save.GATES)
     dx, dh0, dc0, dweights = module.scan_backward(
         cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights, *options, y, reserve, need_dx, need_dw
     )

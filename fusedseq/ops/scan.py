@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedseq import registry
+from fusedseq.backends.reference import Save
 from fusedseq.ops import check, derivative, library
 from fusedseq.ops.autograd import Call, Scan, as_scan
 
@@ -67,7 +68,7 @@ def _watched(
     resets: Tensor | None,
     cells: bool,
     step: bool,
-    save: bool,
+    save: int,
 ) -> Output:
     """The call as `fusedseq::scan`, which validates, casts and chooses the backend where it runs."""
     if step:
@@ -95,11 +96,14 @@ def _run(
     resets: Tensor | None,
     cells: bool,
     step: bool,
+    recompute: bool,
 ) -> Output:
+    kept = Save.STATES if recompute else Save.GATES
     if _is_compiling():
+        save = _is_grad_enabled() and _wants_grad(x, h0, c0, weights)
         return _watched(
             cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, step,
-            _is_grad_enabled() and _wants_grad(x, h0, c0, weights),
+            kept if save else Save.NOTHING,
         )  # fmt: skip
     ordinary = is_ordinary(x, h0, c0, weights)
     if not ordinary or lengths is not None or batch_sizes is not None or resets is not None:
@@ -110,7 +114,7 @@ def _run(
         save = _is_grad_enabled() and (_interpreters() is not None or _wants_grad(x, h0, c0, weights))
         return _watched(
             cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, step,
-            save and _tracing_state() is None,
+            kept if save and _tracing_state() is None else Save.NOTHING,
         )  # fmt: skip
 
     if is_autocasting() and torch.is_autocast_enabled(x.device.type):
@@ -125,14 +129,14 @@ def _run(
     backend = registry.choose(registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, grad))
     if grad:
         call = Call(
-            backend, cell, bidirectional, batch_first, lengths, batch_sizes, resets, cells, sizes.B, step
+            backend, cell, bidirectional, batch_first, lengths, batch_sizes, resets, cells, sizes.B, kept, step
         )  # fmt: skip
         return Scan.apply(call, x, h0, c0, *weights)
     if step:
-        h_new, c_new, _ = backend.cell_forward(cell, x, h0, c0, weights, False)
+        h_new, c_new, _ = backend.cell_forward(cell, x, h0, c0, weights, Save.NOTHING)
         return None, h_new, c_new, None
     y, h_n, c_n, c_all, _ = backend.scan_forward(
-        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False
+        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, Save.NOTHING
     )
     return y, h_n, c_n, c_all
 
@@ -150,16 +154,19 @@ def scan(
     batch_sizes: Tensor | None = None,  # [T] int64
     resets: Tensor | None = None,  # bool, the shape of x without its last dimension
     cells: bool = False,
+    recompute: bool = False,
 ) -> Output:  # y [..., D*R], h_n [D, B, R], c_n [D, B, H] or None, c_all [..., D*H] or None
     """Run one recurrent layer, all its directions.
 
     `weights` is flat, per direction `w_ih, w_hh, (b_ih, b_hh), (w_hr)`. A state that is None starts from zeros.
     Row b stops after `lengths[b]` steps; `batch_sizes` is the layout of a PackedSequence instead. Where `resets` is
     true the state is zeroed before the step. `cells` also returns an LSTM's cell state after every step.
+    `recompute` keeps no gates for the backward pass, which forms them again from the states: about a third more time,
+    and of an LSTM's five values per unit and step (GRU: four) one is kept (none).
     Forward-mode derivatives and second ones are computed by the reference, whichever backend runs.
     """
     return _run(
-        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False
+        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False, recompute
     )  # fmt: skip
 
 
@@ -171,5 +178,5 @@ def cell(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:  # h' [B, R], c' [B, H] or None
     """Run one step: a scan of length one without its price."""
-    _, h_new, c_new, _ = _run(cell, x, h, c, weights, False, False, None, None, None, False, True)
+    _, h_new, c_new, _ = _run(cell, x, h, c, weights, False, False, None, None, None, False, True, False)
     return h_new, c_new
