@@ -14,13 +14,16 @@ constexpr int kMaxPanel = 4;  // vectors
 constexpr int kMaxTile = 8;   // rows
 constexpr int64_t kChain = 256;
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 // Rows of a tile by its width in vectors, so that accumulators, a column of A and a vector of B fill the registers.
 constexpr int tile_rows(int nv) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-  return nv >= 4 ? 6 : 8;
-#else
-  return nv >= 4 ? 3 : 4;
-#endif
+  if (kRegisters == 32) return nv >= 4 ? 6 : 8;
+  return nv >= 4 ? 3 : nv == 3 ? 4 : nv == 2 ? 6 : 8;
 }
 
 // One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k * b_pitch][v], k counting words. `in` and `out`
