@@ -42,6 +42,15 @@ def padded(work: Work) -> Runner | Refusal:
     return ours(Work(replace(work.case, packed=False)))
 
 
+def frozen(work: Work) -> Runner | Refusal:
+    """Ours with weights packed once, as inference engines keep them."""
+    case = work.case
+    if case.mode != "inference" or case.cell or case.T == 1 or case.proj or case.family == "RNN":
+        return Refusal("only the inference of LSTM (without projection) and GRU packs weights that can be kept")
+    module = work.same_weights(getattr(fusedseq, case.family)(case.I, case.H, **options(case)))
+    return drive(work, fusedseq.freeze(module))
+
+
 def eager(work: Work) -> Runner | Refusal:
     case = work.case
     return drive(work, work.same_weights(getattr(nn, case.family)(case.I, case.H, **options(case))))
@@ -123,10 +132,13 @@ PEERS: dict[str, Peer] = {
     "onnxruntime": Peer("ONNX Runtime, inference", onnxruntime),
     "stepwise": Peer("a Python loop around torch.nn's cells", stepwise),
     "compile": Peer("torch.compile of torch.nn; compiles for up to half a minute per case", compiled),
+    "frozen": Peer("fusedseq with `freeze`: weights packed before the clock runs", frozen, rival=False),
     "padded": Peer("fusedseq on padded rows, beside a packed case", padded, rival=False),
 }
-# Compiling takes longer than all else, so it must be asked for.
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "compile")
+# Compiling takes longer than all else, and not everyone can freeze: these must be asked for.
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in ("compile", "frozen"))
+# Of ours, beside some cases; not a word about all the others.
+COMPANIONS = ("frozen", "padded")
 
 
 def shown(name: str, case: Case) -> str:

@@ -29,8 +29,15 @@ STYLES = {
     "stepwise": ("#009E73", "^"),
     "compile": ("#CC79A7", "v"),
     "padded": ("#56B4E9", "P"),
+    "frozen": ("#F0E442", "X"),
 }
-NAMES = {"torch": "torch.nn", "padded": "fusedseq, padded", "compile": "torch.compile", "cudnn": "torch.nn (cuDNN)"}
+NAMES = {
+    "torch": "torch.nn",
+    "padded": "fusedseq, padded",
+    "frozen": "fusedseq, frozen",
+    "compile": "torch.compile",
+    "cudnn": "torch.nn (cuDNN)",
+}
 SLOWER = "#D55E00"
 SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 # The most cases of one figure before its text becomes unreadable when the figure is shrunk to a page.

@@ -57,6 +57,8 @@ class Lines:
         line = self._line(name, *cells)
         packed = result.packed_over_padded()
         line += f"  packed/padded {packed:.2f}" if packed else ""
+        frozen, rival = result.median("frozen"), result.median(best or "")
+        line += f"  frozen {times(rival / frozen)}" if frozen and rival else ""
         line += f"  ran on {result.backend}" if result.backend not in ("cpu", "") else ""
         self.out.print(escape(line), soft_wrap=True)
         for peer, reason in result.wrong.items():

@@ -17,7 +17,7 @@ from fusedseq import info, registry
 
 from .cases import Case, compulsory_bytes, operations
 from .parity import Gate, Verdict
-from .peers import PEERS, eager, shown
+from .peers import COMPANIONS, PEERS, eager, shown
 from .results import CaseResult, PeerResult, Run
 from .timing import copy_bandwidth, fma_peak, interleave, read_bandwidth
 from .work import Refusal, Runner, Work
@@ -120,7 +120,7 @@ def run_case(
             try:
                 built = PEERS[name].build(work)
                 if isinstance(built, Refusal):
-                    if name != "padded":  # not a word about it on every case that is not packed
+                    if name not in COMPANIONS:
                         results[label] = PeerResult("refused", reason=built.reason)
                     continue
                 runners[label] = built

@@ -51,6 +51,7 @@ struct ScanParams {
   const void* b_ih[kMaxDirections];  // [G*H] or null
   const void* b_hh[kMaxDirections];  // [G*H] or null
   const void* w_hr[kMaxDirections];  // [R, H] dense or null (then R == H)
+  const void* packed[kMaxDirections];  // what CpuTable::pack made of these weights, or null; not used if T = 1
   const int64_t* lengths;            // [B] or null
   const int64_t* batch_sizes;        // [T] or null; excludes lengths
   Rows resets;                       // bool [T,B], data may be null
@@ -85,6 +86,9 @@ struct CpuTable {
   const char* name;
   Status (*forward)(const ScanParams&);
   Status (*backward)(const ScanGradParams&);
+  // Weights as forward reads them, one block of memory (aligned to 64 bytes) per direction, for callers that keep them
+  // from call to call. Returns the bytes of a block; writes nothing if `into` is null.
+  int64_t (*pack)(const ScanParams&, void* const* into);
   // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
   // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that

@@ -49,6 +49,11 @@ Rows rows(const py::handle& x) {
   return {pointer(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
 }
 
+void scan_sizes(ScanParams& p, const py::tuple& sizes) {
+  int64_t* const into[] = {&p.T, &p.B, &p.I, &p.H, &p.R, &p.D};
+  for (size_t i = 0; i < 6; ++i) *into[i] = sizes[i].cast<int64_t>();
+}
+
 // Per direction (w_ih, w_hh, b_ih, b_hh, w_hr).
 template <class T>
 void weights(const py::tuple& all, T* (&w_ih)[2], T* (&w_hh)[2], T* (&b_ih)[2], T* (&b_hh)[2], T* (&w_hr)[2]) {
@@ -80,6 +85,45 @@ class KeptScratch : public Scratch {
   const int64_t limit_;
 };
 
+// A layer's weights as forward reads them, kept from call to call.
+class Panels {
+ public:
+  Panels(int cell, int dtype, int threads, const py::tuple& sizes, const py::tuple& w) : table_(active), p_{} {
+    p_.cell = Cell(cell);
+    p_.dtype = DType(dtype);
+    p_.threads = threads < 1 ? 1 : threads;
+    scan_sizes(p_, sizes);
+    weights<const void>(w, p_.w_ih, p_.w_hh, p_.b_ih, p_.b_hh, p_.w_hr);
+    bytes = table_->pack(p_, nullptr);
+    if (bytes == 0) return;
+    void* into[kMaxDirections] = {};
+    for (int64_t d = 0; d < p_.D; ++d) {
+      into[d] = memory_[d] = allocate_scratch(bytes);
+      if (!into[d]) throw std::bad_alloc();
+    }
+    py::gil_scoped_release release;
+    table_->pack(p_, into);
+  }
+  ~Panels() {
+    for (char* block : memory_) free(block);
+  }
+  Panels(const Panels&) = delete;
+
+  // Of another row of the table they are of no use, for other sizes they are a mistake.
+  void give(ScanParams& p) const {
+    if (p.cell != p_.cell || p.dtype != p_.dtype || p.I != p_.I || p.H != p_.H || p.R != p_.R || p.D != p_.D)
+      throw py::value_error("panels: they were packed for another cell, dtype or size");
+    for (int64_t d = 0; d < p.D && table_ == active; ++d) p.packed[d] = memory_[d];
+  }
+
+  int64_t bytes;  // of one direction; 0: this cell is packed on every call
+
+ private:
+  const CpuTable* const table_;
+  ScanParams p_;
+  char* memory_[kMaxDirections] = {};
+};
+
 ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes,
                        const py::handle& x, const py::handle& h0, const py::handle& c0, const py::tuple& w,
                        const py::handle& lengths, const py::handle& batch_sizes, const py::handle& resets,
@@ -90,8 +134,7 @@ ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, c
   p.dtype = DType(dtype);
   p.threads = threads < 1 ? 1 : threads;
   p.scratch = &scratch;
-  int64_t* const into[] = {&p.T, &p.B, &p.I, &p.H, &p.R, &p.D};
-  for (size_t i = 0; i < 6; ++i) *into[i] = sizes[i].cast<int64_t>();
+  scan_sizes(p, sizes);
   p.x = rows(x);
   p.h0 = pointer(h0);
   p.c0 = pointer(c0);
@@ -122,9 +165,11 @@ void call(Status (*f)(const P&), const P& p) {
 void scan_forward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
                   const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
                   const py::handle& batch_sizes, const py::handle& resets, const py::handle& y, const py::handle& c_all,
-                  const py::handle& h_n, const py::handle& c_n, const py::handle& reserve, bool recompute) {
-  const ScanParams p = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y,
-                                   c_all, h_n, c_n, reserve, recompute);
+                  const py::handle& h_n, const py::handle& c_n, const py::handle& reserve, bool recompute,
+                  const Panels* panels) {
+  ScanParams p = scan_params(scratch, cell, dtype, threads, sizes, x, h0, c0, w, lengths, batch_sizes, resets, y, c_all,
+                             h_n, c_n, reserve, recompute);
+  if (panels) panels->give(p);
   call(active->forward, p);
   scratch.grow();
 }
@@ -174,6 +219,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<KeptScratch>(m, "Scratch", "Memory that one thread's calls share, as much as they need up to a limit.")
       .def(py::init<int64_t>())
       .def_readonly("bytes", &KeptScratch::bytes);
+  py::class_<Panels>(m, "Panels", "The weights of one layer as the forward scan reads them.")
+      .def(py::init<int, int, int, const py::tuple&, const py::tuple&>())
+      .def_readonly("bytes", &Panels::bytes);
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled; called with tensors.")

@@ -7,12 +7,16 @@ namespace FSQ_ISA {
 
 Status lstm_forward(const ScanParams& p);
 Status lstm_backward(const ScanGradParams& p);
+int64_t lstm_pack(const ScanParams& p, void* const* into);
 Status gru_forward(const ScanParams& p);
 Status gru_backward(const ScanGradParams& p);
+int64_t gru_pack(const ScanParams& p, void* const* into);
 Status gru_reset_before_forward(const ScanParams& p);
 Status gru_reset_before_backward(const ScanGradParams& p);
+int64_t gru_reset_before_pack(const ScanParams& p, void* const* into);
 Status rnn_forward(const ScanParams& p);
 Status rnn_backward(const ScanGradParams& p);
+int64_t rnn_pack(const ScanParams& p, void* const* into);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

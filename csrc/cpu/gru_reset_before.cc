@@ -13,5 +13,9 @@ Status gru_reset_before_backward(const ScanGradParams& p) {
   return with_operands(p.fwd, [&](auto kind) { return BackwardScan<Cell::gru_reset_before, decltype(kind)>(p).run(); });
 }
 
+int64_t gru_reset_before_pack(const ScanParams& p, void* const* into) {
+  return with_operands(p, [&](auto kind) { return ForwardScan<Cell::gru_reset_before, decltype(kind)>(p).pack(into); });
+}
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -13,5 +13,9 @@ Status lstm_backward(const ScanGradParams& p) {
   return with_operands(p.fwd, [&](auto kind) { return BackwardScan<Cell::lstm, decltype(kind)>(p).run(); });
 }
 
+int64_t lstm_pack(const ScanParams& p, void* const* into) {
+  return with_operands(p, [&](auto kind) { return ForwardScan<Cell::lstm, decltype(kind)>(p).pack(into); });
+}
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

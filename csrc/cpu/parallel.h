@@ -72,6 +72,7 @@ FSQ_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 class Arena {
  public:
   Arena() = default;
+  explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}
   Arena(const Arena&) = delete;
   ~Arena() { free(owned_); }
   bool allocate(Scratch* callers) {
@@ -87,6 +88,7 @@ class Arena {
     used_ = 0;
     return base_ != nullptr;
   }
+  int64_t used() const { return used_; }
   template <class T>
   T* take(int64_t count) {
     char* p = base_ ? base_ + used_ : nullptr;

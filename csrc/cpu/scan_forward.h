@@ -48,6 +48,24 @@ class ForwardScan {
     return Status::ok;
   }
 
+  // See CpuTable::pack.
+  int64_t pack(void* const* into) const {
+    // Elsewhere the panels depend on how the units are divided among the threads.
+    if (BlockA::units > 1 || projected()) return 0;
+    Arena measured;
+    GatePanels<C, P> panels;
+    panels.place(measured, p, true);
+    for (int64_t d = 0; into && d < p.D; ++d) {
+      Arena block(into[d]);
+      panels.place(block, p, true);
+      parallel(p.threads, [&](int thread, int count) {
+        const Range mine = split(vectors(), thread, count);
+        for (int64_t v = mine.begin; v < mine.end; ++v) panels.template pack<BlockA>(p, d, v, 1);
+      });
+    }
+    return measured.used();
+  }
+
  private:
   // Where a finished row of a step is written to.
   struct Out {
@@ -114,7 +132,7 @@ class ForwardScan {
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
       w.outs = arena.take<Out>(p.B * min64(p.threads, vectors()));  // groups may differ in threads
-      w.panels.place(arena, p, !unpacked());
+      if (!prepacked()) w.panels.place(arena, p, !unpacked());
       w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * words<P>(p.H) : 0);
       w.x = arena.take<Value>(rows * x_words() * P::per_word);
       w.gx = arena.take<S>(rows * G * n);
@@ -128,8 +146,10 @@ class ForwardScan {
     }
   }
 
+  bool prepacked() const { return p.packed[0] && !unpacked(); }
+
   template <class Blk>
-  void pack(const Share& s, const Work& w, int64_t d) {
+  void pack(const Share& s, const Work& w, int64_t d) const {
     int turn = 0;
     for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
       if (turn++ % s.teams == s.team) w.panels.template pack<Blk>(p, d, v, u);
@@ -165,13 +185,18 @@ class ForwardScan {
   }
 
   void direction(const Share& s, int64_t d, int threads) {
-    const Work& w = work[s.group];
+    Work w = work[s.group];
     Barrier& group = barriers[s.group * (threads + 1)];
     Barrier& team = barriers[s.group * (threads + 1) + 1 + s.team];
     const bool reverse = d == 1;
-    pack<BlockA>(s, w, d);
-    if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
-    if (projected()) pack_projection(s, w, d);
+    if (prepacked()) {
+      Arena block(const_cast<void*>(p.packed[d]));
+      w.panels.place(block, p, true);
+    } else {
+      pack<BlockA>(s, w, d);
+      if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
+      if (projected()) pack_projection(s, w, d);
+    }
     const Range mine = split(p.B, s.thread, s.threads);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
       Value* const h = w.state[0].h + j * hp();

@@ -31,6 +31,19 @@ static Status backward(const ScanGradParams& p) {
   }
 }
 
+static int64_t pack(const ScanParams& p, void* const* into) {
+  switch (p.cell) {
+    case Cell::lstm:
+      return lstm_pack(p, into);
+    case Cell::gru:
+      return gru_pack(p, into);
+    case Cell::gru_reset_before:
+      return gru_reset_before_pack(p, into);
+    default:
+      return rnn_pack(p, into);
+  }
+}
+
 template <class S>
 static void apply(int which, const S* x, S* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<S>) {
@@ -75,7 +88,7 @@ static int64_t multiply_adds(DType dtype, int64_t rounds) {
 #define FSQ_NAME_(x) #x
 #define FSQ_NAME(x) FSQ_NAME_(x)
 extern const CpuTable table;
-const CpuTable table = {FSQ_NAME(FSQ_ISA), forward, backward, math, multiply_adds};
+const CpuTable table = {FSQ_NAME(FSQ_ISA), forward, backward, pack, math, multiply_adds};
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

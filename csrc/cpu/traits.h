@@ -109,7 +109,7 @@ FSQ_INLINE void initial_operand(typename P::Value* dst, const void* src, const S
 // pairs. Nor has a ReLU: pairs round the state before the product, and its gradient jumps wherever that moves a sum
 // across 0.
 template <class F>
-FSQ_INLINE Status with_operands(const ScanParams& p, F run) {
+FSQ_INLINE auto with_operands(const ScanParams& p, F run) {
   if (p.dtype == DType::f64) return run(Whole<double>());
 #if FSQ_BF16_PAIRS
   if (p.dtype == DType::bf16 && p.T > 1 && p.cell != Cell::rnn_relu) return run(Bf16Pairs());

@@ -125,6 +125,7 @@ def scan_forward(
     resets: Tensor | None,
     cells: bool,
     save: int,
+    panels: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     directions = 2 if bidirectional else 1
     packed = batch_sizes is not None
@@ -144,9 +145,23 @@ def scan_forward(
         _pointer(h0), _pointer(c0),
         _weights(weights, directions), _pointer(lengths), _pointer(batch_sizes), _rows(resets, packed, batch_first),
         _rows(y, packed, batch_first), _rows(c_all, packed, batch_first), _pointer(h_n), _pointer(c_n),
-        _pointer(reserve), save == Save.STATES,
+        _pointer(reserve), save == Save.STATES, panels,
     )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
+
+
+def pack(cell: str, weights: Sequence[Tensor], bidirectional: bool) -> Any:
+    """The weights of one layer as forward scans read them, for `scan_forward` as long as they are what they were.
+
+    None where the core packs on every call: weights that are not dense, RNNs, projections.
+    """
+    if any(not w.is_contiguous() for w in weights):
+        return None
+    directions = 2 if bidirectional else 1
+    (gh, inputs), state = weights[0].shape, weights[1].shape[1]
+    sizes = (2, 1, inputs, gh // _GATES[cell], state, directions)
+    panels = _core.Panels(_CELLS[cell], _DTYPES[weights[0].dtype], _threads(), sizes, _weights(weights, directions))
+    return panels if panels.bytes else None
 
 
 def cell_forward(
@@ -169,7 +184,7 @@ def cell_forward(
     _core.scan_forward(
         _local.scratch, _CELLS[cell], _DTYPES[x.dtype], _threads(), (1, batch, inputs, hidden, state, 1),
         (x.data_ptr(), 0, x.stride(0)), _pointer(h), _pointer(c), _weights(weights, 1), None, None, None,
-        (out, 0, state), None, out, _pointer(c_new), _pointer(reserve), False,
+        (out, 0, state), None, out, _pointer(c_new), _pointer(reserve), False, None,
     )  # fmt: skip
     return h_new, c_new, reserve
 

@@ -58,6 +58,7 @@ def scan_forward(
     resets: Tensor | None,
     cells: bool,
     save: int,
+    panels: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     with _as_told(x):
         y, h_n, c_n, c_all = scan.forward(

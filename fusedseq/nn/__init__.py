@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fusedseq.nn import dynamo
 from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
+from fusedseq.nn.freeze import freeze, unfreeze
 from fusedseq.nn.fuse import FuseReport, fuse, unfuse
 from fusedseq.nn.rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "RNNCell", "fuse", "unfuse"]
+__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "RNNCell", "freeze", "fuse", "unfreeze", "unfuse"]
 
 dynamo.install()

@@ -66,6 +66,8 @@ class ScanModule(Fused, _Base):
 
     # A default on the class serves modules that were pickled, or fused, without the attribute.
     recompute_gates: bool = False
+    # Packed weights of every layer, if the module is frozen; see `fusedseq.freeze`.
+    _frozen: list[ops.Frozen] | None = None
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -219,7 +221,7 @@ class ScanModule(Fused, _Base):
             return ops.scan(
                 cell, x, h0, c0, weights, bidirectional=bidirectional, batch_first=batch_first,
                 lengths=lengths, batch_sizes=batch_sizes, resets=resets, cells=cells,
-                recompute=self.recompute_gates,
+                recompute=self.recompute_gates, frozen=self._frozen[0] if self._frozen else None,
             )  # fmt: skip
         directions, n = (2 if bidirectional else 1), len(weights) // layers
         for state in (h0, c0):
@@ -237,7 +239,7 @@ class ScanModule(Fused, _Base):
             x, h_n, c_n, c_all = ops.scan(
                 cell, x, h0s[layer], c0s[layer], weights[layer * n : (layer + 1) * n], bidirectional=bidirectional,
                 batch_first=batch_first, lengths=lengths, batch_sizes=batch_sizes, resets=resets, cells=cells and last,
-                recompute=self.recompute_gates,
+                recompute=self.recompute_gates, frozen=self._frozen[layer] if self._frozen else None,
             )  # fmt: skip
             hs.append(h_n)
             cs.append(c_n)

@@ -123,6 +123,7 @@ def settle(module: torch.nn.Module) -> None:
     if not isinstance(module, Fused):
         module.__dict__.pop("_repeat", None)
         module.__dict__.pop("_asked", None)
+        module.__dict__.pop("_frozen", None)
     if not isinstance(module, TorchRNNBase):
         return
     if isinstance(module, Fused):

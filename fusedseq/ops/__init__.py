@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fusedseq.ops.check import ArgumentTypeError, ArgumentValueError
+from fusedseq.ops.frozen import Frozen
 from fusedseq.ops.repeat import Repeat, prepare
 from fusedseq.ops.scan import cell, scan
 
-__all__ = ["ArgumentTypeError", "ArgumentValueError", "Repeat", "cell", "prepare", "scan"]
+__all__ = ["ArgumentTypeError", "ArgumentValueError", "Frozen", "Repeat", "cell", "prepare", "scan"]

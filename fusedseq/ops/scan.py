@@ -18,6 +18,7 @@ from fusedseq import registry
 from fusedseq.backends.reference import Save
 from fusedseq.ops import check, derivative, library
 from fusedseq.ops.autograd import Call, Scan, as_scan
+from fusedseq.ops.frozen import Frozen
 
 Output = tuple[Any, Tensor, Tensor | None, Tensor | None]
 
@@ -97,6 +98,7 @@ def _run(
     cells: bool,
     step: bool,
     recompute: bool,
+    frozen: Frozen | None,
 ) -> Output:
     kept = Save.STATES if recompute else Save.GATES
     if _is_compiling():
@@ -135,8 +137,11 @@ def _run(
     if step:
         h_new, c_new, _ = backend.cell_forward(cell, x, h0, c0, weights, Save.NOTHING)
         return None, h_new, c_new, None
+    panels = None
+    if frozen is not None and sizes.T > 1:  # one step reads the weights where they are
+        panels = frozen.packed(backend, cell, weights, bidirectional)
     y, h_n, c_n, c_all, _ = backend.scan_forward(
-        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, Save.NOTHING
+        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, Save.NOTHING, panels
     )
     return y, h_n, c_n, c_all
 
@@ -155,6 +160,7 @@ def scan(
     resets: Tensor | None = None,  # bool, the shape of x without its last dimension
     cells: bool = False,
     recompute: bool = False,
+    frozen: Frozen | None = None,
 ) -> Output:  # y [..., D*R], h_n [D, B, R], c_n [D, B, H] or None, c_all [..., D*H] or None
     """Run one recurrent layer, all its directions.
 
@@ -162,11 +168,13 @@ def scan(
     Row b stops after `lengths[b]` steps; `batch_sizes` is the layout of a PackedSequence instead. Where `resets` is
     true the state is zeroed before the step. `cells` also returns an LSTM's cell state after every step.
     `recompute` keeps no gates for the backward pass, which forms them again from the states: about a third more time,
-    and of an LSTM's five values per unit and step (GRU: four) one is kept (none).
+    and of an LSTM's five values per unit and step (GRU: four) one is kept (none). `frozen` keeps packed weights for
+    calls without gradients.
     Forward-mode derivatives and second ones are computed by the reference, whichever backend runs.
     """
     return _run(
-        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False, recompute
+        cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, False, recompute,
+        frozen,
     )  # fmt: skip
 
 
@@ -178,5 +186,5 @@ def cell(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:  # h' [B, R], c' [B, H] or None
     """Run one step: a scan of length one without its price."""
-    _, h_new, c_new, _ = _run(cell, x, h, c, weights, False, False, None, None, None, False, True, False)
+    _, h_new, c_new, _ = _run(cell, x, h, c, weights, False, False, None, None, None, False, True, False, None)
     return h_new, c_new
