@@ -28,7 +28,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     isa: str | None = None
-    scratch_mb: int = 128
+    scratch_mb: int = 256
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:

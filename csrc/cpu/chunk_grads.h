@@ -15,7 +15,7 @@ class ChunkGrads {
   static constexpr int L = kLanes<S>;
   static constexpr int G = gate_count(C);
   static constexpr int kColumns = C == Cell::gru ? 4 : G;  // of the gate gradients; GRU: r, z, n, W_hn h + b_hn
-  static constexpr int kTall = tile_rows(kMaxPanel);
+  static constexpr int kGroup = 48;  // columns of a left operand that lie together: whole cache lines, whole tiles
 
  public:
   ChunkGrads(const ScanGradParams& p, const Layout& lay, const Kept<C, P>& kept)
@@ -33,8 +33,8 @@ class ChunkGrads {
     Work& w = work[g];
     w.w_ih = arena.take<S>(p.dx.data ? words<P>(G * f.H) * padded(f.I) : 0);
     w.dx = arena.take<S>(p.dx.data ? chunk_rows() * padded(f.I) : 0);
-    w.left = arena.take<S>(wanted() ? rows * kColumns * f.H : 0);
-    w.left_hr = arena.take<S>(wanted() && projected() ? rows * f.R : 0);
+    w.left = arena.take<S>(wanted() ? rows * (kColumns * f.H + 2 * kGroup * f.threads) : 0);
+    w.left_hr = arena.take<S>(wanted() && projected() ? rows * (f.R + 2 * kGroup * f.threads) : 0);
     w.x = arena.take<S>(wanted() ? rows * padded(f.I) : 0);
     w.h = arena.take<S>(wanted() ? rows * padded(C == Cell::gru_reset_before ? 2 * round_up(f.R, L) : f.R) : 0);
     w.m = arena.take<S>(wanted() && projected() ? rows * padded(f.H) : 0);
@@ -163,22 +163,24 @@ class ChunkGrads {
   };
 
   // dw[i][.] (+)= sum over rows k of left[k][begin + i] * right[k][.], for every right operand. `scratch` takes the
-  // left operand cut into tiles, each transposed.
+  // left operand, kGroup columns after the other.
   void outer(const Value* left, int64_t pitch, Range columns, int64_t rows, const Right* rights, int count, bool first,
              S* scratch) const {
-    const int64_t tiles = (columns.size() + kTall - 1) / kTall, n = words<P>(rows);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const Range r = split(columns.size(), int(t), int(tiles));
-      S* a = scratch + r.begin * n;
-      const Value* from = left + columns.begin + r.begin;
+    const int64_t n = words<P>(rows), groups = (columns.size() + kGroup - 1) / kGroup;
+    for (int64_t g = 0; g < groups; ++g)
       for (int64_t k = 0; k < n; ++k)
-        for (int64_t i = 0; i < r.size(); i += L)
-          store_n(a + k * r.size() + i, word_of_rows(from + i, pitch, k, rows, r.size() - i), r.size() - i);
-    }
+        for (int64_t i = 0; i < kGroup; i += L) {
+          const int64_t column = g * kGroup + i;
+          store(scratch + (g * n + k) * kGroup + i,
+                word_of_rows(left + columns.begin + column, pitch, k, rows, max64(0, columns.size() - column)));
+        }
     for (const Right* right = rights; right != rights + count; ++right)
       for_panels(0, padded(right->width) / L, kMaxPanel, [&](int64_t v, int u) {
-        for (int64_t t = 0; t < tiles; ++t)
-          outer_tile(*right, split(columns.size(), int(t), int(tiles)), n, v, u, first, scratch);
+        for (int64_t g = 0; g < groups; ++g)
+          for_row_tiles(min64(kGroup, columns.size() - g * kGroup), u, [&](int64_t r, int m) {
+            const S* words = scratch + g * n * kGroup + r;
+            outer_tile(*right, g * kGroup + r, m, reinterpret_cast<const Value*>(words), n, v, u, first);
+          });
       });
   }
   // Word k along the rows of a left operand, for m columns.
@@ -196,17 +198,22 @@ class ChunkGrads {
 #endif
   }
 
-  // n words of rows.
-  void outer_tile(const Right& right, Range r, int64_t n, int64_t v, int u, bool first, const S* scratch) const {
+  // First column of this thread's part of the scratch for a left operand: whole groups for each thread.
+  static int64_t part_of_left(const Share& s, int64_t columns) {
+    return s.thread * round_up((columns + s.threads - 1) / s.threads, kGroup);
+  }
+
+  // Rows [row, row + m) of a weight gradient, u vectors from v on; n words along the rows of the operands.
+  void outer_tile(const Right& right, int64_t row, int m, const Value* left, int64_t n, int64_t v, int u,
+                  bool first) const {
     alignas(64) S sums[kMaxTile * kMaxPanel * L];
     alignas(64) static const S zero[kMaxPanel * L] = {};
-    const int m = int(r.size());
-    multiply(Tile<P>{m, u, reinterpret_cast<const Value*>(scratch + r.begin * n), P::per_word, m * P::per_word,
-                     right.panels + v * L * n, u * L, n, zero, 0, sums, u * L});
+    multiply(Tile<P>{m, u, left, P::per_word, kGroup * P::per_word, right.panels + v * L * n, u * L, n, zero, 0, sums,
+                     u * L});
     for (int i = 0; i < m; ++i)
       for (int k = 0; k < u; ++k) {
         const int64_t c = (v + k) * L;
-        S* const to = right.dw + (r.begin + i) * right.width + c;
+        S* const to = right.dw + (row + i) * right.width + c;
         const V sum = load(sums + (i * u + k) * L);
         store_n(to, first ? sum : load_n(to, right.width - c) + sum, right.width - c);
       }
@@ -225,7 +232,7 @@ class ChunkGrads {
       const int64_t at = c.begin - begin;
       if (row_ih >= 0) rights[n++] = {w.x, f.I, static_cast<S*>(p.dw_ih[d]) + (row_ih + at) * f.I};
       if (row_hh >= 0) rights[n++] = {state, f.R, static_cast<S*>(p.dw_hh[d]) + (row_hh + at) * f.R};
-      outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + c.begin * n_words);
+      outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + part_of_left(s, kColumns * H) * n_words);
     };
     if constexpr (C == Cell::gru) {
       segment(0, 2 * H, 0, 0, w.h);
@@ -240,7 +247,7 @@ class ChunkGrads {
     if (projected()) {
       const Range part = split(f.R, s.thread, s.threads);
       const Right right = {w.m, H, static_cast<S*>(p.dw_hr[d]) + part.begin * H};
-      outer(dh, state_row_pitch(), part, rows, &right, 1, first, w.left_hr + part.begin * n_words);
+      outer(dh, state_row_pitch(), part, rows, &right, 1, first, w.left_hr + part_of_left(s, f.R) * n_words);
     }
     if (p.db_ih[d]) bias_grads(s, w, rows, first, dg);
   }
