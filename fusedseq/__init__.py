@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch as _torch  # noqa: F401
 
 from fusedseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, fuse, unfuse
+from fusedseq.ops import Mask, attention, attention_probs, scaled_dot_product_attention
 from fusedseq.registry import explain, use_backend
 
 __version__ = "0.1.0"
@@ -16,9 +17,13 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "Mask",
     "RNNCell",
+    "attention",
+    "attention_probs",
     "explain",
     "fuse",
+    "scaled_dot_product_attention",
     "unfuse",
     "use_backend",
 ]
