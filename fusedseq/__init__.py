@@ -5,7 +5,7 @@ from __future__ import annotations
 # torch comes first: it brings libgomp into the process, and the compiled core then shares that one thread pool.
 import torch as _torch  # noqa: F401
 
-from fusedseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, fuse, unfuse
+from fusedseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell, fuse, unfuse
 from fusedseq.ops import Mask, attention, attention_probs, scaled_dot_product_attention
 from fusedseq.registry import explain, use_backend
 
@@ -18,6 +18,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "Mask",
+    "MultiheadAttention",
     "RNNCell",
     "attention",
     "attention_probs",

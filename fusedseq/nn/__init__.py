@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fusedseq.nn import dynamo
+from fusedseq.nn.attention import MultiheadAttention
 from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fusedseq.nn.fuse import FuseReport, fuse, unfuse
 from fusedseq.nn.rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "RNNCell", "fuse", "unfuse"]
+__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "fuse", "unfuse"]
 
 dynamo.install()

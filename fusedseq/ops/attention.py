@@ -69,6 +69,7 @@ def run(p: Problem) -> tuple[Tensor, Tensor]:
     inputs = p.inputs()
     if _is_compiling() or not _is_ordinary(p) or forward_ad._current_level >= 0:
         grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        grad = grad and _tracing_state() is None  # what is recorded must not hang on it
         return torch.ops.fusedseq.attention.default(*p, grad, registry.forced())
     if is_autocasting() and torch.is_autocast_enabled(p.q.device.type):
         p = library.autocast(p.q.device.type, p)
@@ -186,4 +187,5 @@ def attention_probs(
                 _bad_value(name, f"indices below {size}", index.tolist())
             index = torch.where(index < 0, index + size, index)
         picked.append(index)
-    return reference.probabilities(check.data(p), lse, *picked)
+    with torch.autocast(q.device.type, enabled=False):  # lse was computed in float32 from the inputs as they are
+        return reference.probabilities(check.data(p), lse, *picked)
