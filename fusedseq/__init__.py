@@ -1,11 +1,26 @@
-"""Fused sequence kernels for PyTorch: drop-in replacements for torch.nn's recurrent layers."""
+"""Fused sequence kernels for PyTorch: drop-in replacements for torch.nn's recurrent and Transformer layers."""
 
 from __future__ import annotations
 
 # torch comes first: it brings libgomp into the process, and the compiled core then shares that one thread pool.
 import torch as _torch  # noqa: F401
 
-from fusedseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell, fuse, unfuse
+from fusedseq.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    MultiheadAttention,
+    RNNCell,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    fuse,
+    unfuse,
+)
 from fusedseq.ops import Mask, attention, attention_probs, scaled_dot_product_attention
 from fusedseq.registry import explain, use_backend
 
@@ -20,6 +35,11 @@ __all__ = [
     "Mask",
     "MultiheadAttention",
     "RNNCell",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "attention",
     "attention_probs",
     "explain",

@@ -11,6 +11,7 @@ from torch import nn
 import fusedseq.nn as fnn
 from fusedseq.testing.compare import judge
 
+E, H, B, L, S = 12, 3, 4, 5, 7  # features, heads, batch, queries, keys
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64
 
 
@@ -76,3 +77,65 @@ def same_error(stock, ours, *args, **kwargs):
         ours(*args, **kwargs)
     assert type(got.value) is type(want.value)
     assert str(got.value) == str(want.value)
+
+
+def padding(kind, batch=B):
+    """[B, S]; the first and the last key of a row are never both hidden."""
+    lengths = torch.tensor([S, 3, 1, S - 1])[:batch, None]
+    right = torch.arange(S) >= lengths
+    if kind == "right":
+        return right
+    if kind == "left":
+        return right.flip(1)
+    if kind == "right_float":
+        return torch.zeros(batch, S, dtype=torch.float64).masked_fill(right, float("-inf"))
+    return tensor(batch, S, seed=9)
+
+
+def table(kind, rows=L, batch=B, heads=H):
+    """[L, S] or [B*H, L, S]; the first and the last key are always seen."""
+    shape = (batch * heads, rows, S) if "3d" in kind else (rows, S)
+    if "causal" in kind:
+        hidden = torch.ones(shape, dtype=torch.bool).triu(1)
+    elif "bool" in kind:
+        hidden = tensor(*shape, seed=5) > 0.3
+        hidden[..., 0] = hidden[..., -1] = False
+    else:
+        return tensor(*shape, seed=6)
+    return torch.zeros(shape, dtype=torch.float64).masked_fill(hidden, float("-inf")) if "inf" in kind else hidden
+
+
+# name: (key_padding_mask, attn_mask, is_causal)
+MASKS = {
+    "none": (None, None, False),
+    "right": ("right", None, False),
+    "left": ("left", None, False),
+    "right_float": ("right_float", None, False),
+    "added_padding": ("added", None, False),
+    "bool": (None, "bool", False),
+    "float": (None, "float", False),
+    "bool3d": (None, "bool3d", False),
+    "float3d": (None, "float3d", False),
+    "causal": (None, "causal", False),
+    "causal_inf": (None, "causal_inf", False),
+    "causal_hint": (None, "causal_inf", True),
+    "causal_right": ("right", "causal", True),
+    "causal_right_float": ("right_float", "causal_inf", True),
+    "bool_right": ("right", "bool", False),
+    "bool3d_left": ("left", "bool3d", False),
+    "float_added": ("added", "float", False),
+    "float3d_right": ("right_float", "float3d", False),
+    "wrong_hint_right": ("right", "bool", True),
+}
+
+
+def masks_for(name, form="batched", rows=L, heads=H):
+    """What MultiheadAttention takes, for `rows` queries and S keys."""
+    kpm, attn, causal = MASKS[name]
+    batch = B if form == "batched" else 1
+    kpm = None if kpm is None else padding(kpm, batch)
+    return {
+        "key_padding_mask": kpm if kpm is None or form == "batched" else kpm[0],
+        "attn_mask": None if attn is None else table(attn, rows, batch, heads),
+        "is_causal": causal,
+    }

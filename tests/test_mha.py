@@ -10,7 +10,23 @@ import warnings
 
 import pytest
 import torch
-from drop_in import EXACT, by_the_rule, pair, run_both, same_error, tensor
+from drop_in import (
+    EXACT,
+    MASKS,
+    B,
+    E,
+    H,
+    L,
+    S,
+    by_the_rule,
+    masks_for,
+    padding,
+    pair,
+    run_both,
+    same_error,
+    table,
+    tensor,
+)
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations
@@ -18,8 +34,6 @@ from torch.nn.utils import parametrizations
 import fusedseq
 import fusedseq.nn as fnn
 from fusedseq.nn import masks as reading
-
-E, H, B, L, S = 12, 3, 4, 5, 7
 
 pytestmark = pytest.mark.filterwarnings("ignore::fusedseq.registry.FallbackWarning")
 
@@ -49,67 +63,6 @@ def inputs_for(module, form="batched", same=False, dtype=torch.float64, batch=B)
     if same:
         return {"x": one(S, E, 1)}
     return {"query": one(L, E, 1), "key": one(S, module.kdim, 2), "value": one(S, module.vdim, 4)}
-
-
-def padding(kind, batch=B):
-    """[B, S]; the first and the last key of a row are never both hidden."""
-    lengths = torch.tensor([S, 3, 1, S - 1])[:batch, None]
-    right = torch.arange(S) >= lengths
-    if kind == "right":
-        return right
-    if kind == "left":
-        return right.flip(1)
-    if kind == "right_float":
-        return torch.zeros(batch, S, dtype=torch.float64).masked_fill(right, float("-inf"))
-    return tensor(batch, S, seed=9)
-
-
-def table(kind, rows=L, batch=B):
-    """[L, S] or [B*H, L, S]; the first and the last key are always seen."""
-    shape = (batch * H, rows, S) if "3d" in kind else (rows, S)
-    if "causal" in kind:
-        hidden = torch.ones(shape, dtype=torch.bool).triu(1)
-    elif "bool" in kind:
-        hidden = tensor(*shape, seed=5) > 0.3
-        hidden[..., 0] = hidden[..., -1] = False
-    else:
-        return tensor(*shape, seed=6)
-    return torch.zeros(shape, dtype=torch.float64).masked_fill(hidden, float("-inf")) if "inf" in kind else hidden
-
-
-# name: (key_padding_mask, attn_mask, is_causal)
-MASKS = {
-    "none": (None, None, False),
-    "right": ("right", None, False),
-    "left": ("left", None, False),
-    "right_float": ("right_float", None, False),
-    "added_padding": ("added", None, False),
-    "bool": (None, "bool", False),
-    "float": (None, "float", False),
-    "bool3d": (None, "bool3d", False),
-    "float3d": (None, "float3d", False),
-    "causal": (None, "causal", False),
-    "causal_inf": (None, "causal_inf", False),
-    "causal_hint": (None, "causal_inf", True),
-    "causal_right": ("right", "causal", True),
-    "causal_right_float": ("right_float", "causal_inf", True),
-    "bool_right": ("right", "bool", False),
-    "bool3d_left": ("left", "bool3d", False),
-    "float_added": ("added", "float", False),
-    "float3d_right": ("right_float", "float3d", False),
-    "wrong_hint_right": ("right", "bool", True),
-}
-
-
-def masks_for(name, form="batched", rows=L):
-    kpm, attn, causal = MASKS[name]
-    batch = B if form == "batched" else 1
-    kpm = None if kpm is None else padding(kpm, batch)
-    return {
-        "key_padding_mask": kpm if kpm is None or form == "batched" else kpm[0],
-        "attn_mask": None if attn is None else table(attn, rows, batch),
-        "is_causal": causal,
-    }
 
 
 @options
@@ -144,11 +97,10 @@ def test_self_attention(option, mask, weights):
 @pytest.mark.parametrize("heads", [2, 3])
 @pytest.mark.parametrize("mask", ["none", "right", "left", "bool", "causal", "bool_right", "bool3d_left"])
 @pytest.mark.parametrize("weights", [True, False])
-def test_evaluation_without_gradients(heads, mask, weights, monkeypatch):
+def test_evaluation_without_gradients(heads, mask, weights):
     # Where torch has a fast path of its own. It takes an even number of heads.
-    monkeypatch.setattr("test_mha.H", heads)
     stock, ours = pair("MultiheadAttention", E, heads, batch_first=True)
-    given = {"need_weights": weights, **masks_for(mask, rows=S)}
+    given = {"need_weights": weights, **masks_for(mask, rows=S, heads=heads)}
     x = inputs_for(ours, same=True)["x"]
     with torch.no_grad():
         got, want = ours.eval()(x, x, x, **given), stock.eval()(x, x, x, **given)
@@ -388,10 +340,9 @@ def test_weights_under_dropout_are_those_that_made_the_output():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("mask", ["none", "causal_hint", "right", "bool3d"])
-def test_error_rule(dtype, weights, mask, monkeypatch):
-    monkeypatch.setattr("test_mha.H", 2)
+def test_error_rule(dtype, weights, mask):
     made = pair("MultiheadAttention", 32, 2, batch_first=True)
-    given = {"need_weights": weights, **masks_for(mask, rows=L)}
+    given = {"need_weights": weights, **masks_for(mask, heads=2)}
     if given["attn_mask"] is not None and given["attn_mask"].dtype == torch.float64:
         given["attn_mask"] = given["attn_mask"].isinf()
     inputs = {"query": tensor(B, L, 32, seed=1), "key": tensor(B, S, 32, seed=2), "value": tensor(B, S, 32, seed=4)}

@@ -7,7 +7,30 @@ from fusedseq.nn.attention import MultiheadAttention
 from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fusedseq.nn.fuse import FuseReport, fuse, unfuse
 from fusedseq.nn.rnn import GRU, LSTM, RNN
+from fusedseq.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["GRU", "LSTM", "RNN", "FuseReport", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "fuse", "unfuse"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "FuseReport",
+    "GRUCell",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "fuse",
+    "unfuse",
+]
 
 dynamo.install()
