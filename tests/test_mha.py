@@ -35,8 +35,6 @@ import fusedseq
 import fusedseq.nn as fnn
 from fusedseq.nn import masks as reading
 
-pytestmark = pytest.mark.filterwarnings("ignore::fusedseq.registry.FallbackWarning")
-
 OPTIONS = {
     "plain": {},
     "batch_first": {"batch_first": True},

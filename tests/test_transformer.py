@@ -21,7 +21,6 @@ from fusedseq.nn import masks as reading
 T = 5  # of the target; S of the source
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::fusedseq.registry.FallbackWarning"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning"),
 ]
