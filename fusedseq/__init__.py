@@ -1,11 +1,29 @@
-"""Fused sequence kernels for PyTorch: drop-in replacements for torch.nn's recurrent layers."""
+"""Fused sequence kernels for PyTorch: drop-in replacements for torch.nn's recurrent and Transformer layers."""
 
 from __future__ import annotations
 
 # torch comes first: it brings libgomp into the process, and the compiled core then shares that one thread pool.
 import torch as _torch  # noqa: F401
 
-from fusedseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, freeze, fuse, unfreeze, unfuse
+from fusedseq.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    MultiheadAttention,
+    RNNCell,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    freeze,
+    fuse,
+    unfreeze,
+    unfuse,
+)
+from fusedseq.ops import Mask, attention, attention_probs, scaled_dot_product_attention
 from fusedseq.registry import explain, use_backend
 
 __version__ = "0.1.0"
@@ -16,10 +34,20 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "Mask",
+    "MultiheadAttention",
     "RNNCell",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "attention",
+    "attention_probs",
     "explain",
     "freeze",
     "fuse",
+    "scaled_dot_product_attention",
     "unfreeze",
     "unfuse",
     "use_backend",

@@ -8,11 +8,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fusedseq import config
+
+if TYPE_CHECKING:
+    from fusedseq.reference.attention import Problem
 
 
 class BackendError(RuntimeError):
@@ -42,6 +45,54 @@ class ScanCall(NamedTuple):
     grad: bool
 
 
+class AttentionCall(NamedTuple):
+    """The same for attention. Flags say which parts of a mask, and what else, a call brings."""
+
+    op: str  # "attention"
+    device: str
+    dtype: torch.dtype
+    B: int
+    Hq: int
+    Hkv: int
+    L: int
+    S: int
+    E: int
+    Ev: int
+    causal: bool
+    window: bool
+    lengths: bool
+    packed: bool
+    global_tokens: bool
+    dense: bool
+    bias: bool
+    alibi: bool
+    softcap: bool
+    sinks: bool
+    dropout: bool
+    grad: bool
+
+    @property
+    def cell(self) -> str:
+        """What parity records go by."""
+        return self.op
+
+
+Call = ScanCall | AttentionCall
+
+
+def attention_call(p: Problem, grad: bool) -> AttentionCall:
+    """The call of a problem as a decision sees it."""
+    q, v = p.q, p.v
+    B, Hq, L, E = q.shape
+    _, Hkv, S, Ev = v.shape
+    return AttentionCall(
+        "attention", "cpu" if q.is_cpu else q.device.type, q.dtype, B, Hq, Hkv, L, S, E, Ev,
+        p.causal != 0, p.left >= 0 or (p.right >= 0 and not p.causal), p.key_lengths is not None, p.cu_q is not None,
+        p.global_keys is not None, p.dense is not None, p.bias is not None, p.alibi_slopes is not None,
+        p.softcap != 0, p.sinks is not None, p.dropout_p != 0, grad,
+    )  # fmt: skip
+
+
 def scan_call(
     cell: str,
     x: torch.Tensor,
@@ -62,7 +113,7 @@ def scan_call(
 class Choice(NamedTuple):
     """One decision: the backend that runs `call` and the reasons of those passed over before it."""
 
-    call: ScanCall
+    call: Call
     backend: str
     module: ModuleType
     passed_over: dict[str, str]
@@ -70,7 +121,7 @@ class Choice(NamedTuple):
 
 # Each distinct (forced backend, call) is one entry; streams of ever-new lengths must not grow it without bound.
 _CACHE_LIMIT = 4096
-_decisions: dict[tuple[str, ScanCall], Choice] = {}
+_decisions: dict[tuple[str, Call], Choice] = {}
 _warned: set[str] = set()
 _hooks: tuple[Callable[[Choice], None], ...] = ()
 _modules: dict[str, ModuleType] = {}
@@ -104,7 +155,7 @@ def forced() -> str:
     return _forced.name
 
 
-def choose(call: ScanCall, name: str | None = None) -> ModuleType:
+def choose(call: Call, name: str | None = None) -> ModuleType:
     """The backend module for this call. `name` overrides what the thread has forced; "" leaves the choice open."""
     key = (_forced.name if name is None else name, call)
     choice = _decisions.get(key)
@@ -119,12 +170,12 @@ def choose(call: ScanCall, name: str | None = None) -> ModuleType:
     return choice.module
 
 
-def _refusal(module: ModuleType, call: ScanCall) -> str | None:
+def _refusal(module: ModuleType, call: Call) -> str | None:
     reason = module.missing()
     return f"not usable: {reason}" if reason is not None else module.supports(call)
 
 
-def _decide(name: str, call: ScanCall) -> Choice:
+def _decide(name: str, call: Call) -> Choice:
     if name:
         module = _named(name)
         reason = module.supports(call)
@@ -142,7 +193,7 @@ def _decide(name: str, call: ScanCall) -> Choice:
     raise BackendError(f"no backend takes {describe(call)}: {_join(passed_over)}")
 
 
-def _report_fallback(name: str, call: ScanCall, passed_over: dict[str, str]) -> None:
+def _report_fallback(name: str, call: Call, passed_over: dict[str, str]) -> None:
     reasons = _join(passed_over)
     if config.settings.strict:
         raise BackendError(f"FUSEDSEQ_STRICT: {describe(call)} would fall back to {name!r} because {reasons}")
@@ -160,12 +211,12 @@ def _join(passed_over: dict[str, str]) -> str:
     return "; ".join(f"{name!r}: {reason}" for name, reason in passed_over.items())
 
 
-def describe(call: ScanCall) -> str:
+def describe(call: Call) -> str:
     """A call in one line, as errors and reports print it."""
-    flags = [flag for flag in ("packed", "lengths", "resets", "cells", "grad") if getattr(call, flag)]
-    sizes = " ".join(f"{size}={getattr(call, size)}" for size in "TBIHRD")
-    dtype = str(call.dtype).removeprefix("torch.")
-    return " ".join([call.cell, call.device, dtype, sizes, *flags])
+    fields = call._asdict()
+    flags = [name for name, value in fields.items() if value is True]
+    sizes = [f"{name}={value}" for name, value in fields.items() if type(value) is int]
+    return " ".join([call.cell, call.device, str(call.dtype).removeprefix("torch."), *sizes, *flags])
 
 
 def _named(name: str) -> ModuleType:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import fusedseq
 import fusedseq.nn as fnn
 
 
@@ -254,3 +255,138 @@ def test_originals_are_those_of_the_import(monkeypatch):
         nn.LSTM(3, 4)(torch.randn(2, 1, 5))
     assert len(fnn.unfuse(stock).swapped) == 1
     assert type(stock) is not fnn.LSTM
+
+
+TRANSFORMER = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+KINDS = [
+    "MultiheadAttention", "Transformer", "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder",
+    "TransformerEncoderLayer",
+]  # fmt: skip
+
+
+class Classifier(nn.Module):
+    """Modules of torch.nn with an attention among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(6, 8), nn.GRU(8, 8, batch_first=True))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, padding):
+        x = self.embed(x)[0]
+        y, weights = self.attention(x, x, x, key_padding_mask=padding)
+        return self.head(x + y).mean(1), weights
+
+
+def test_round_trip_of_a_transformer():
+    model = nn.Transformer(8, 2, 2, 2, 16, **TRANSFORMER)
+    before = classes(model)
+    parameters = dict(model.named_parameters())
+    src, tgt = torch.randn(3, 7, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
+    given = {
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5),
+        "src_key_padding_mask": torch.arange(7) >= torch.tensor([[7], [4], [5]]),
+    }
+    want = model(src, tgt, **given)
+    report = fnn.fuse(model)
+    assert report.skipped == []
+    swapped = [e.type for e in report.swapped]
+    counts = {kind: swapped.count(f"torch.nn.{kind}") for kind in KINDS}
+    assert list(counts.values()) == [6, 1, 1, 2, 1, 2]
+    assert sum(counts.values()) == len(swapped)
+    assert ("decoder.layers.1.multihead_attn", "torch.nn.MultiheadAttention") in [r[:2] for r in report.swapped]
+    assert [type(m) for m in model.modules()] == [type(m) for m in fnn.Transformer(8, 2, 2, 2, 16).modules()]
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    torch.testing.assert_close(model(src, tgt, **given), want, rtol=1e-12, atol=1e-12)
+    assert len(fnn.fuse(model).unchanged) == len(swapped)
+    assert len(fnn.unfuse(model).swapped) == len(swapped)
+    assert classes(model) == before
+    assert model.encoder.use_nested_tensor
+    torch.testing.assert_close(model(src, tgt, **given), want, rtol=0, atol=0)
+    with torch.no_grad():
+        inside = ~given["src_key_padding_mask"]
+        nested = model.encoder.eval()(src, None, given["src_key_padding_mask"])
+        fnn.fuse(model)
+        torch.testing.assert_close(model.encoder(src, None, given["src_key_padding_mask"])[inside], nested[inside])
+
+
+def test_an_attention_inside_a_model():
+    models = [Classifier() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    padding = torch.arange(5) >= torch.tensor([[5], [2], [4]])
+    for step in range(4):
+        if step == 1:
+            report = fnn.fuse(models[1])
+            assert [e.name for e in report.swapped] == ["embed.1", "attention"]
+            assert type(models[1].attention) is fnn.MultiheadAttention
+        if step == 3:
+            assert len(fnn.unfuse(models[1]).swapped) == 2
+        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(step))
+        outs = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            outs.append(model(x, padding))
+            outs[-1][0].square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-6)
+
+
+class MyLayer(nn.TransformerEncoderLayer):
+    """A subclass of a layer, with an attention that is not one."""
+
+
+def test_parts_of_a_subclass_are_swapped():
+    model = nn.TransformerEncoder(MyLayer(8, 2, 16, **TRANSFORMER), 2)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    want = model(x)
+    report = fnn.fuse(model)
+    assert reasons(report).keys() == {"layers.0", "layers.1"}
+    assert reasons(report)["layers.0"].startswith("MyLayer is a subclass of torch.nn.TransformerEncoderLayer")
+    assert [e.name for e in report.swapped] == ["", "layers.0.self_attn", "layers.1.self_attn"]
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantizable_attention_is_left():
+    from torch.ao.nn.quantizable import MultiheadAttention
+
+    report = fnn.fuse(nn.Sequential(MultiheadAttention(8, 2)))
+    assert report.swapped == []
+    assert "quantized" in reasons(report)["0"]
+
+
+@pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer"])
+def test_parametrized_attention(name):
+    module = getattr(nn, name)(8, 2, dropout=0.0, dtype=torch.float64)
+    attention = module if name == "MultiheadAttention" else module.self_attn
+    parametrizations.weight_norm(attention, "in_proj_weight")
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    args = (x, x, x) if name == "MultiheadAttention" else (x,)
+    want = module(*args)
+    assert fnn.fuse(module).skipped == []
+    assert isinstance(attention, fnn.MultiheadAttention)
+    torch.testing.assert_close(module(*args), want, rtol=1e-12, atol=1e-12)
+    fnn.unfuse(module)
+    assert not isinstance(attention, fnn.MultiheadAttention)
+    assert parametrize.is_parametrized(attention, "in_proj_weight")
+    torch.testing.assert_close(module(*args), want, rtol=1e-12, atol=1e-12)
+
+
+def test_originals_of_the_transformer_are_those_of_the_import(monkeypatch):
+    # Once ours stand in torch's place, torch's own constructors make ours, and nothing may call itself.
+    for name in KINDS:
+        for namespace in (nn, nn.modules.transformer):
+            monkeypatch.setattr(namespace, name, getattr(fnn, name))
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fusedseq.scaled_dot_product_attention)
+    model = nn.Transformer(8, 2, 1, 1, 16, **TRANSFORMER)
+    assert type(model.encoder.layers[0].self_attn) is fnn.MultiheadAttention
+    src, tgt = torch.randn(3, 7, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
+    want = model(src, tgt)
+    assert len(fnn.unfuse(model).swapped) == 8
+    torch.testing.assert_close(model(src, tgt), want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="the batch number of src and tgt must be equal"):
+        fnn.Transformer(8, 2, 1, 1, 16, **TRANSFORMER)(src[1:], tgt)

@@ -17,7 +17,7 @@ from fusedseq import config
 from fusedseq.backends.reference import Save, reserve_columns, reserve_like
 
 if TYPE_CHECKING:
-    from fusedseq.registry import ScanCall
+    from fusedseq.registry import Call
 
 name = "cpu"
 
@@ -53,7 +53,9 @@ def missing() -> str | None:
     return _why_missing or None
 
 
-def supports(call: ScanCall) -> str | None:
+def supports(call: Call) -> str | None:
+    if call.cell == "attention":
+        return "it has no kernel for attention yet"
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
     if call.dtype not in _DTYPES:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusedseq.reference import scan
+from fusedseq.reference import attention, scan
 
 if TYPE_CHECKING:
-    from fusedseq.registry import ScanCall
+    from fusedseq.registry import Call
 
 name = "reference"
 
@@ -34,7 +34,7 @@ def missing() -> str | None:
     return None
 
 
-def supports(call: ScanCall) -> str | None:
+def supports(call: Call) -> str | None:
     return None
 
 
@@ -152,3 +152,21 @@ def scan_backward(
             lengths=lengths, batch_sizes=batch_sizes, resets=resets, cells=dc_all is not None,
         )  # fmt: skip
     return dx.contiguous() if need_dx else None, dh0, dc0, dweights if need_dw else []
+
+
+def attention_forward(p: attention.Problem) -> tuple[Tensor, Tensor]:
+    with _as_told(p.q):
+        return attention.forward(p)
+
+
+def attention_backward(
+    p: attention.Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],  # of q, k, v, bias, alibi_slopes, sinks
+) -> tuple[Tensor | None, ...]:
+    with _as_told(p.q):
+        grads = attention.backward(p, dout, dlse)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

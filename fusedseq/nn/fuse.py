@@ -14,8 +14,6 @@ import torch
 
 from fusedseq.nn.twins import FUSED, Fused, fused_class, plain_class, settle, stock_class
 
-_NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-
 
 class Entry(NamedTuple):
     """One module of the model: where it is, what it was, and why it was left alone ("" if it was not)."""
@@ -30,8 +28,8 @@ class FuseReport:
     """What `fuse` or `unfuse` did.
 
     `model` is the model that was passed in, whose modules have changed class in place, root included. `swapped`,
-    `skipped` and `unchanged` (already what was asked for) list the recurrent modules; a module that is reachable
-    under several names appears once, under the first.
+    `skipped` and `unchanged` (already what was asked for) list the modules of a kind that we have; a module that is
+    reachable under several names appears once, under the first.
     """
 
     model: torch.nn.Module
@@ -50,7 +48,10 @@ class FuseReport:
 
 
 def fuse(model: torch.nn.Module) -> FuseReport:
-    """Swap every RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of torch.nn in `model` for ours, in place.
+    """Swap the modules of torch.nn in `model` that we have as well for ours, in place.
+
+    These are RNN, LSTM, GRU and their cells, MultiheadAttention, and Transformer with its encoder, decoder and their
+    layers, each looked at on its own: in a layer that is left alone the attention is still swapped.
 
     Only modules of exactly these classes are swapped. Subclasses, quantized and scripted modules, modules under
     FSDP and modules whose forward was replaced are left alone and reported with the reason. The parameters stay the
@@ -84,7 +85,7 @@ def _walk(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{action} expects a torch.nn.Module, got {type(model).__name__}")
     report = FuseReport(model, action)
-    for name, module, wrapper in _recurrent(model, "", "", set()):
+    for name, module, wrapper in _known(model, "", "", set()):
         entry = Entry(name, _type_name(module))
         if done(module):
             report.unchanged.append(entry)
@@ -100,10 +101,10 @@ def _walk(
     return report
 
 
-def _recurrent(
+def _known(
     module: torch.nn.Module, name: str, wrapper: str, seen: set[int]
 ) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """The recurrent modules below `module`, once each, with the wrapper that owns their parameters, if any."""
+    """`module` and what is below it, of kinds that we have, once each, with the wrapper that owns the parameters."""
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -117,16 +118,20 @@ def _recurrent(
         yield name, module, wrapper
     for key, child in module._modules.items():
         if child is not None:
-            yield from _recurrent(child, f"{name}.{key}" if name else key, wrapper, seen)
+            yield from _known(child, f"{name}.{key}" if name else key, wrapper, seen)
+
+
+def _names() -> set[str]:
+    return {cls.__name__ for cls in FUSED}
 
 
 def _is_quantized(module: torch.nn.Module) -> bool:
     home = type(module).__module__
-    return home.startswith(("torch.ao.nn.", "torch.nn.quantiz", "torch.nn.qat")) and type(module).__name__ in _NAMES
+    return home.startswith(("torch.ao.nn.", "torch.nn.quantiz", "torch.nn.qat")) and type(module).__name__ in _names()
 
 
 def _is_scripted(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", None) in _NAMES
+    return isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", None) in _names()
 
 
 def _type_name(module: torch.nn.Module) -> str:

@@ -23,6 +23,12 @@ TorchRNNCellBase = torch.nn.RNNCellBase
 TorchRNNCell = torch.nn.RNNCell
 TorchLSTMCell = torch.nn.LSTMCell
 TorchGRUCell = torch.nn.GRUCell
+TorchMultiheadAttention = torch.nn.MultiheadAttention
+TorchTransformer = torch.nn.Transformer
+TorchTransformerEncoder = torch.nn.TransformerEncoder
+TorchTransformerEncoderLayer = torch.nn.TransformerEncoderLayer
+TorchTransformerDecoder = torch.nn.TransformerDecoder
+TorchTransformerDecoderLayer = torch.nn.TransformerDecoderLayer
 
 #: torch's class -> ours; filled by the files that define ours.
 FUSED: dict[type, type] = {}

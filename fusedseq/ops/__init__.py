@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from fusedseq.ops.attention import attention, attention_probs
 from fusedseq.ops.check import ArgumentTypeError, ArgumentValueError
 from fusedseq.ops.frozen import Frozen
+from fusedseq.ops.mask import Mask
 from fusedseq.ops.repeat import Repeat, prepare
 from fusedseq.ops.scan import cell, scan
+from fusedseq.ops.sdpa import scaled_dot_product_attention
 
-__all__ = ["ArgumentTypeError", "ArgumentValueError", "Frozen", "Repeat", "cell", "prepare", "scan"]
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "Frozen",
+    "Mask",
+    "Repeat",
+    "attention",
+    "attention_probs",
+    "cell",
+    "prepare",
+    "scaled_dot_product_attention",
+    "scan",
+]
