@@ -71,12 +71,65 @@ struct ScanGradParams {
   void* dw_hr[kMaxDirections];
 };
 
+// Attention: L queries, S keys, E and Ev sizes of a head, Hq and Hkv heads of queries and keys (Hkv divides Hq).
+
+// A tensor [B, H, N, width]: element (b, h, n, e) lies at data + b * sb + h * sh + n * sn + e.
+struct Heads {
+  void* data;
+  int64_t sb, sh, sn;
+};
+// A table over [B, Hq, L, S], stride 0 where it is broadcast; the last one is 0 or 1.
+struct Table {
+  void* data;
+  int64_t sb, sh, sl, ss;
+};
+
+// A query sees the keys from begin to end of a window around its diagonal, cut to its sequence. See fusedseq.Mask.
+struct AttentionParams {
+  DType dtype;  // of q, k, v, out; half types compute in float32
+  int threads;
+  int64_t B, Hq, Hkv, L, S, E, Ev;
+  Heads q, k, v, out;
+  void* lse;  // [B,Hq,L] dense, compute type; natural logarithm
+  Table bias;
+  DType bias_dtype;            // f64 for f64, else any other
+  Table dense;                 // bool
+  const void* alibi_slopes;    // [Hq] compute type, or null
+  const void* sinks;           // [Hq] compute type, or null
+  const int64_t* key_lengths;  // [B] or null
+  const int64_t *cu_q, *cu_k;  // [N+1] or null; then B = 1
+  int64_t N;
+  const uint8_t* global_keys;  // [B,S] bool or null
+  int64_t global_sb;
+  int causal;           // 0, 1 diagonal from the top left, 2 diagonal to the bottom right; then right is 0
+  int64_t left, right;  // -1: unbounded
+  double scale, softcap;
+  uint32_t threshold;  // dropout: random words below are dropped
+  bool dropout;
+  double keep_scale;  // what the others are multiplied with
+  uint64_t seed;
+};
+
+// The backward of the same call. dout or dlse may be null (zero); any result may be null (unwanted), dk and dv only
+// together.
+struct AttentionGradParams {
+  AttentionParams fwd;  // as given to forward; out and lse as forward left them
+  Heads dout;
+  const void* dlse;  // [B,Hq,L] dense, compute type
+  Heads dq, dk, dv;
+  Table dbias;   // compute type, dense
+  void* dalibi;  // [Hq] compute type
+  void* dsinks;  // [Hq] compute type
+};
+
 // Entry points of one ISA row of the CPU backend.
 struct CpuTable {
   const char* name;
   Status (*forward)(const ScanParams&);
   Status (*backward)(const ScanGradParams&);
-  // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh. For the accuracy tests.
+  Status (*attention_forward)(const AttentionParams&);
+  Status (*attention_backward)(const AttentionGradParams&);
+  // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh, 2 2^x. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
   // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that
   // benchmarks compare with. Returns how many operations (two for each multiply-add) the rounds took.

@@ -13,6 +13,8 @@ Status gru_reset_before_forward(const ScanParams& p);
 Status gru_reset_before_backward(const ScanGradParams& p);
 Status rnn_forward(const ScanParams& p);
 Status rnn_backward(const ScanGradParams& p);
+Status attention_forward(const AttentionParams& p);
+Status attention_backward(const AttentionGradParams& p);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

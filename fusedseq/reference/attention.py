@@ -227,16 +227,16 @@ def probabilities(
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def backward(p: Problem, dout: Tensor | None, dlse: Tensor | None) -> Grads:
+def backward(p: Problem, dout: Tensor | None, dlse: Tensor | None, compute_dtype: torch.dtype | None = None) -> Grads:
     """Gradients of q, k, v, bias, alibi_slopes and sinks, by hand; in turn differentiable.
 
     With D = dout . out - dlse per row, the gradient of a logit is P (dP - D) and that of a sink -P_sink D.
     """
-    dtype = _compute(p.q)
+    dtype = compute_dtype or _compute(p.q)
     scores = _scores(p, dtype)
     P, lse = _normalize(scores.logits, p.sinks)
     v, G = _values(p, dtype), p.q.shape[1] // max(p.k.shape[1], 1)
-    dropped = P * dropout_scale(p) if p.dropout_p else P
+    dropped = P * dropout_scale(p).to(dtype) if p.dropout_p else P
     dS, dv, D = torch.zeros_like(P), torch.zeros_like(v), torch.zeros_like(lse)
     if dout is not None:
         dout = dout.to(dtype)
