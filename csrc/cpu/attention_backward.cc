@@ -51,7 +51,7 @@ class AttentionBackward : AttentionScores<P> {
     parallel(int(min64(p.threads, kMaxThreads)), [&](int thread, int count) {
       Work& w = work[thread];
       this->prepare(thread, count);
-      if (tickets_ && !direct()) {
+      if (tickets_ && g.dq.data && !direct()) {
         const Range mine = split(this->pairs() * rows() * pitch(), thread, count);
         memset(dq_all + mine.begin, 0, sizeof(S) * size_t(mine.size()));
       }
