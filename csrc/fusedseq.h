@@ -43,24 +43,24 @@ struct ScanParams {
   int threads;
   Scratch* scratch;  // or null
   int64_t T, B, I, H, R, D;
-  Rows x;                            // [T,B,I]
-  const void* h0;                    // [D,B,R] dense, or null: zeros
-  const void* c0;                    // [D,B,H] dense, or null: zeros
-  const void* w_ih[kMaxDirections];  // [G*H, I] dense
-  const void* w_hh[kMaxDirections];  // [G*H, R] dense
-  const void* b_ih[kMaxDirections];  // [G*H] or null
-  const void* b_hh[kMaxDirections];  // [G*H] or null
-  const void* w_hr[kMaxDirections];  // [R, H] dense or null (then R == H)
+  Rows x;                              // [T,B,I]
+  const void* h0;                      // [D,B,R] dense, or null: zeros
+  const void* c0;                      // [D,B,H] dense, or null: zeros
+  const void* w_ih[kMaxDirections];    // [G*H, I] dense
+  const void* w_hh[kMaxDirections];    // [G*H, R] dense
+  const void* b_ih[kMaxDirections];    // [G*H] or null
+  const void* b_hh[kMaxDirections];    // [G*H] or null
+  const void* w_hr[kMaxDirections];    // [R, H] dense or null (then R == H)
   const void* packed[kMaxDirections];  // what CpuTable::pack made of these weights, or null; not used if T = 1
-  const int64_t* lengths;            // [B] or null
-  const int64_t* batch_sizes;        // [T] or null; excludes lengths
-  Rows resets;                       // bool [T,B], data may be null
-  Rows y;                            // [T,B,D*R]; rows past a length are left untouched
-  Rows c_all;                        // [T,B,D*H], data may be null
-  void* h_n;                         // [D,B,R] dense; may be y itself if T = 1, D = 1
-  void* c_n;                         // [D,B,H] dense, LSTM only
-  void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
-  bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  const int64_t* lengths;              // [B] or null
+  const int64_t* batch_sizes;          // [T] or null; excludes lengths
+  Rows resets;                         // bool [T,B], data may be null
+  Rows y;                              // [T,B,D*R]; rows past a length are left untouched
+  Rows c_all;                          // [T,B,D*H], data may be null
+  void* h_n;                           // [D,B,R] dense; may be y itself if T = 1, D = 1
+  void* c_n;                           // [D,B,H] dense, LSTM only
+  void* reserve;                       // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
+  bool recompute;                      // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
 };
 
 // The backward of the same call. Gradients that come in may be null (zero); dx and the weights' may be
@@ -81,6 +81,57 @@ struct ScanGradParams {
   void* dw_hr[kMaxDirections];
 };
 
+// Attention: L queries, S keys, E and Ev sizes of a head, Hq and Hkv heads of queries and keys (Hkv divides Hq).
+
+// A tensor [B, H, N, width]: element (b, h, n, e) lies at data + b * sb + h * sh + n * sn + e.
+struct Heads {
+  void* data;
+  int64_t sb, sh, sn;
+};
+// A table over [B, Hq, L, S], stride 0 where it is broadcast; the last one is 0 or 1.
+struct Table {
+  void* data;
+  int64_t sb, sh, sl, ss;
+};
+
+// A query sees the keys from begin to end of a window around its diagonal, cut to its sequence. See fusedseq.Mask.
+struct AttentionParams {
+  DType dtype;  // of q, k, v, out; half types compute in float32
+  int threads;
+  int64_t B, Hq, Hkv, L, S, E, Ev;
+  Heads q, k, v, out;
+  void* lse;  // [B,Hq,L] dense, compute type; natural logarithm
+  Table bias;
+  DType bias_dtype;            // f64 for f64, else any other
+  Table dense;                 // bool
+  const void* alibi_slopes;    // [Hq] compute type, or null
+  const void* sinks;           // [Hq] compute type, or null
+  const int64_t* key_lengths;  // [B] or null
+  const int64_t *cu_q, *cu_k;  // [N+1] or null; then B = 1
+  int64_t N;
+  const uint8_t* global_keys;  // [B,S] bool or null
+  int64_t global_sb;
+  int causal;           // 0, 1 diagonal from the top left, 2 diagonal to the bottom right; then right is 0
+  int64_t left, right;  // -1: unbounded
+  double scale, softcap;
+  uint32_t threshold;  // dropout: random words below are dropped
+  bool dropout;
+  double keep_scale;  // what the others are multiplied with
+  uint64_t seed;
+};
+
+// The backward of the same call. dout or dlse may be null (zero); any result may be null (unwanted), dk and dv only
+// together.
+struct AttentionGradParams {
+  AttentionParams fwd;  // as given to forward; out and lse as forward left them
+  Heads dout;
+  const void* dlse;  // [B,Hq,L] dense, compute type
+  Heads dq, dk, dv;
+  Table dbias;   // compute type, dense
+  void* dalibi;  // [Hq] compute type
+  void* dsinks;  // [Hq] compute type
+};
+
 // Entry points of one ISA row of the CPU backend.
 struct CpuTable {
   const char* name;
@@ -89,7 +140,9 @@ struct CpuTable {
   // Weights as forward reads them, one block of memory (aligned to 64 bytes) per direction, for callers that keep them
   // from call to call. Returns the bytes of a block; writes nothing if `into` is null.
   int64_t (*pack)(const ScanParams&, void* const* into);
-  // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh. For the accuracy tests.
+  Status (*attention_forward)(const AttentionParams&);
+  Status (*attention_backward)(const AttentionGradParams&);
+  // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh, 2 2^x. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
   // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that
   // benchmarks compare with. Returns how many operations (two for each multiply-add) the rounds took.

@@ -7,6 +7,28 @@ from torch import Tensor
 _Address: TypeAlias = int | None
 _Rows: TypeAlias = tuple[int, int, int] | None  # address, stride over time, stride over the batch, in elements
 _Sizes: TypeAlias = tuple[int, int, int, int, int, int]  # T, B, I, H, R, D
+_Heads: TypeAlias = tuple[int, int, int, int]  # address, strides over the batch, heads and positions
+_Table: TypeAlias = tuple[int, int, int, int, int]  # address, strides over B, Hq, L and S
+_Problem: TypeAlias = tuple[
+    _Heads,
+    _Heads,
+    _Heads,
+    _Heads,
+    int,
+    _Table | None,
+    _Address,
+    _Address,
+    _Table | None,
+    _Address,
+    _Address,
+    _Address,
+    _Address,
+    int,
+]  # q k v out lse bias alibi_slopes sinks dense key_lengths cu_q cu_k global_keys and its stride over the batch
+_Numbers: TypeAlias = tuple[int, int, int, int, int, float, float, int | None, float, int]
+_Grads: TypeAlias = tuple[
+    _Heads, _Address, _Heads | None, _Heads | None, _Heads | None, _Table | None, _Address, _Address
+]  # dout dlse dq dk dv dbias dalibi dsinks
 _Weights: TypeAlias = tuple[tuple[_Address, _Address, _Address, _Address, _Address], ...]  # w_ih w_hh b_ih b_hh w_hr
 
 def isas() -> list[str]: ...
@@ -70,6 +92,10 @@ def scan_backward(
     dc0: _Address,
     dweights: _Weights,
     /,
+) -> None: ...
+def attention_forward(threads: int, sizes: tuple[int, ...], tensors: _Problem, numbers: _Numbers, /) -> None: ...
+def attention_backward(
+    threads: int, sizes: tuple[int, ...], tensors: _Problem, numbers: _Numbers, grads: _Grads, /
 ) -> None: ...
 
 class Step:

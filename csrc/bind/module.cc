@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/attention.h"
 #include "bind/step.h"
 #include "fusedseq.h"
 #include "memory.h"
@@ -207,6 +208,8 @@ int64_t multiply_adds(int dtype, int64_t rounds) {
 
 }  // namespace
 
+const CpuTable& fusedseq::active_row() { return *active; }
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() =
       "Fused sequence kernels for the CPU. Takes addresses, sizes and strides; fusedseq.backends.cpu is its caller.";
@@ -229,6 +232,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("__call__", [](const Step& step, int threads, const py::handle& x, const py::handle& h0,
                           const py::handle& c0, const py::handle& y, const py::handle& h_n, const py::handle& c_n,
                           const py::handle& weights) { step.run(*active, threads, x, h0, c0, y, h_n, c_n, weights); });
+  bind_attention(m);
   m.def("apply_math", &apply_math);
   m.def("multiply_adds", &multiply_adds);
 }

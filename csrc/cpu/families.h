@@ -17,6 +17,8 @@ int64_t gru_reset_before_pack(const ScanParams& p, void* const* into);
 Status rnn_forward(const ScanParams& p);
 Status rnn_backward(const ScanGradParams& p);
 int64_t rnn_pack(const ScanParams& p, void* const* into);
+Status attention_forward(const AttentionParams& p);
+Status attention_backward(const AttentionGradParams& p);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

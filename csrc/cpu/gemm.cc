@@ -176,7 +176,8 @@ static void dots_of_rows(const Dots<S>& d, int64_t i0) {
   for (int64_t lane = 0; lane < d.count; lane += kTogether) {
     Vec<S> acc[kTogether][M] = {};
     int64_t row[kTogether];
-    for (int r = 0; r < kTogether; ++r) row[r] = (d.row0 + min64(lane + r, d.count - 1)) * d.K;
+    for (int r = 0; r < kTogether; ++r)
+      row[r] = (d.row0 + min64(lane + r, d.count - 1)) * (d.w_pitch ? d.w_pitch : d.K);
     const auto block = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
       Vec<S> x[M];
 #pragma GCC unroll 4
@@ -227,17 +228,15 @@ void dots(const Dots<S>& d) {
   }
 }
 
-// dst[k * pitch + lane] = word k of row row0 + lane of w for `count` rows, zero for the other lanes.
 template <class P>
-static void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, int64_t row0,
-                            int64_t count, int64_t K) {
+void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, const int64_t* at, int64_t count,
+                     int64_t K) {
   typedef typename P::Sum S;
   constexpr int L = kLanes<S>;
   for (int64_t k = 0; k < words<P>(K); k += L) {
     const int64_t n = min64(L, words<P>(K) - k), value = k * P::per_word;
     Vec<S> rows[L];
-    for (int i = 0; i < L; ++i)
-      rows[i] = i < count ? load_words<P>(w, dtype, (row0 + i) * K + value, n, K - value) : Vec<S>{};
+    for (int i = 0; i < L; ++i) rows[i] = i < count ? load_words<P>(w, dtype, at[i] + value, n, K - value) : Vec<S>{};
     transpose<S>(rows);
     for (int i = 0; i < n; ++i) store(dst + (k + i) * pitch, rows[i]);
   }
@@ -250,8 +249,9 @@ void pack_gates(typename P::Sum* dst, int ng, int u, const void* w, DType dtype,
   for (int g = 0; g < ng; ++g)
     for (int i = 0; i < u; ++i) {
       const int64_t unit = unit0 + i * L;
-      pack_transposed<P>(dst + (g * u + i) * L, ng * u * L, w, dtype, (gate0 + g) * H + unit,
-                         min64(L, max64(0, H - unit)), K);
+      int64_t at[L];
+      for (int r = 0; r < L; ++r) at[r] = ((gate0 + g) * H + unit + r) * K;
+      pack_transposed<P>(dst + (g * u + i) * L, ng * u * L, w, dtype, at, min64(L, max64(0, H - unit)), K);
     }
 }
 
@@ -268,11 +268,12 @@ void pack_columns(typename P::Sum* dst, int nv, const void* w, DType dtype, int6
     }
 }
 
-#define FSQ_INSTANTIATE(P)                                                                                 \
-  template void multiply<P>(const Tile<P>&);                                                               \
-  template void multiply_panel<P>(const P::Value*, int64_t, int64_t, int64_t, const P::Sum*, int64_t, int, \
-                                  const P::Sum*, int64_t, P::Sum*, int64_t);                               \
-  template void pack_gates<P>(P::Sum*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);      \
+#define FSQ_INSTANTIATE(P)                                                                                  \
+  template void pack_transposed<P>(P::Sum*, int64_t, const void*, DType, const int64_t*, int64_t, int64_t); \
+  template void multiply<P>(const Tile<P>&);                                                                \
+  template void multiply_panel<P>(const P::Value*, int64_t, int64_t, int64_t, const P::Sum*, int64_t, int,  \
+                                  const P::Sum*, int64_t, P::Sum*, int64_t);                                \
+  template void pack_gates<P>(P::Sum*, int, int, const void*, DType, int, int64_t, int64_t, int64_t);       \
   template void pack_columns<P>(P::Sum*, int, const void*, DType, int64_t, int64_t, int64_t, int64_t);
 FSQ_INSTANTIATE(Whole<float>)
 FSQ_INSTANTIATE(Whole<double>)

@@ -90,9 +90,15 @@ struct Dots {
   int64_t in_pitch;
   S* out;
   int64_t out_pitch;
+  int64_t w_pitch = 0;  // of rows of w; 0: K
 };
 template <class S>
 void dots(const Dots<S>& d);
+
+// dst[k * pitch + lane] = word k of the row of w that begins at at[lane], for `count` rows; zero for the other lanes.
+template <class P>
+void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, const int64_t* at, int64_t count,
+                     int64_t K);
 
 // A panel of ng gates x u unit vectors for C = A W^T with W [G*H, K] in dtype: columns ordered gate by gate, units past
 // H are zero. K counts values, here and below.

@@ -75,7 +75,7 @@ class Arena {
   explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}
   Arena(const Arena&) = delete;
   ~Arena() { free(owned_); }
-  bool allocate(Scratch* callers) {
+  bool allocate(Scratch* callers = nullptr) {
     const int64_t bytes = used_ + 64;
     if (callers && callers->needed < bytes) callers->needed = bytes;
     if (callers && callers->bytes >= bytes)

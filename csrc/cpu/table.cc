@@ -1,6 +1,8 @@
 // The entry points of one ISA build.
 #include "cpu/families.h"
 #include "cpu/gemm.h"
+//
+#include "cells/softmax.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -48,7 +50,7 @@ template <class S>
 static void apply(int which, const S* x, S* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<S>) {
     const Vec<S> v = load_n(x + i, n - i);
-    store_n(y + i, which == 0 ? sigmoid(v) : FSQ_ISA::tanh(v), n - i);
+    store_n(y + i, which == 0 ? sigmoid(v) : which == 1 ? FSQ_ISA::tanh(v) : FSQ_ISA::exp2(v), n - i);
   }
 }
 
@@ -88,7 +90,8 @@ static int64_t multiply_adds(DType dtype, int64_t rounds) {
 #define FSQ_NAME_(x) #x
 #define FSQ_NAME(x) FSQ_NAME_(x)
 extern const CpuTable table;
-const CpuTable table = {FSQ_NAME(FSQ_ISA), forward, backward, pack, math, multiply_adds};
+const CpuTable table = {FSQ_NAME(FSQ_ISA),  forward, backward,     pack, attention_forward,
+                        attention_backward, math,    multiply_adds};
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

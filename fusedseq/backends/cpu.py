@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from fusedseq import config
+from fusedseq.backends.cpu_attention import attention_backward, attention_forward
 from fusedseq.backends.reference import Save, reserve_columns, reserve_like
 
 if TYPE_CHECKING:
     from fusedseq.registry import Call
+
+__all__ = [
+    "attention_backward", "attention_forward", "cell_backward", "cell_forward", "missing", "name", "scan_backward",
+    "scan_forward", "step", "supports",
+]  # fmt: skip
 
 name = "cpu"
 
@@ -54,8 +60,6 @@ def missing() -> str | None:
 
 
 def supports(call: Call) -> str | None:
-    if call.cell == "attention":
-        return "it has no kernel for attention yet"
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
     if call.dtype not in _DTYPES:

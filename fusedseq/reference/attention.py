@@ -100,6 +100,15 @@ def visible(p: Problem, rows: Tensor | None = None) -> Tensor:  # bool [1|B, 1, 
     return near.unsqueeze(1)
 
 
+def _keys(p: Problem, t: Tensor, dtype: torch.dtype) -> Tensor:  # k or v, [B, Hkv, S, .]
+    """In the dtype of the computation, and nothing behind the end of a row: not even a NaN there may reach a sum."""
+    t = t.to(dtype)
+    if p.key_lengths is None:
+        return t
+    behind = torch.arange(t.shape[2], device=t.device) >= p.key_lengths.to(t.device).unsqueeze(1)
+    return t.masked_fill(behind[:, None, :, None], 0.0)
+
+
 class _Scores(NamedTuple):
     logits: Tensor  # [B, H, n, S], -inf where a query does not see the key
     slope: Tensor | None  # of the softcap at the raw score, [B, H, n, S]
@@ -111,7 +120,7 @@ def _pick(t: Tensor, dim: int, at: Tensor | None) -> Tensor:
 
 
 def _scores(p: Problem, dtype: torch.dtype, heads: Tensor | None = None, rows: Tensor | None = None) -> _Scores:
-    q, k = _pick(_pick(p.q, 1, heads), 2, rows).to(dtype), p.k.to(dtype)
+    q, k = _pick(_pick(p.q, 1, heads), 2, rows).to(dtype), _keys(p, p.k, dtype)
     G = p.q.shape[1] // max(p.k.shape[1], 1)
     if heads is not None:
         k = k.index_select(1, torch.div(heads, max(G, 1), rounding_mode="floor"))
@@ -199,7 +208,7 @@ def dropout_scale(p: Problem) -> Tensor:  # [B, Hq, L, S], 0 or 1 / (1 - p)
 
 def _values(p: Problem, dtype: torch.dtype) -> Tensor:  # [B, Hq, S, Ev]
     G = p.q.shape[1] // max(p.v.shape[1], 1)
-    v = p.v.to(dtype)
+    v = _keys(p, p.v, dtype)
     return v if G == 1 else v.repeat_interleave(G, dim=1)
 
 
@@ -227,16 +236,16 @@ def probabilities(
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def backward(p: Problem, dout: Tensor | None, dlse: Tensor | None) -> Grads:
+def backward(p: Problem, dout: Tensor | None, dlse: Tensor | None, compute_dtype: torch.dtype | None = None) -> Grads:
     """Gradients of q, k, v, bias, alibi_slopes and sinks, by hand; in turn differentiable.
 
     With D = dout . out - dlse per row, the gradient of a logit is P (dP - D) and that of a sink -P_sink D.
     """
-    dtype = _compute(p.q)
+    dtype = compute_dtype or _compute(p.q)
     scores = _scores(p, dtype)
     P, lse = _normalize(scores.logits, p.sinks)
     v, G = _values(p, dtype), p.q.shape[1] // max(p.k.shape[1], 1)
-    dropped = P * dropout_scale(p) if p.dropout_p else P
+    dropped = P * dropout_scale(p).to(dtype) if p.dropout_p else P
     dS, dv, D = torch.zeros_like(P), torch.zeros_like(v), torch.zeros_like(lse)
     if dout is not None:
         dout = dout.to(dtype)
@@ -259,7 +268,7 @@ def backward(p: Problem, dout: Tensor | None, dlse: Tensor | None) -> Grads:
     if scores.slope is not None:
         dS = dS * scores.slope
     dS = dS * p.scale
-    k = p.k.to(dtype)
+    k = _keys(p, p.k, dtype)
     dq = dS @ (k if G == 1 else k.repeat_interleave(G, dim=1))
     dk = dS.transpose(-2, -1) @ p.q.to(dtype)
     if G != 1:
