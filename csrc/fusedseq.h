@@ -43,24 +43,24 @@ struct ScanParams {
   int threads;
   Scratch* scratch;  // or null
   int64_t T, B, I, H, R, D;
-  Rows x;                            // [T,B,I]
-  const void* h0;                    // [D,B,R] dense, or null: zeros
-  const void* c0;                    // [D,B,H] dense, or null: zeros
-  const void* w_ih[kMaxDirections];  // [G*H, I] dense
-  const void* w_hh[kMaxDirections];  // [G*H, R] dense
-  const void* b_ih[kMaxDirections];  // [G*H] or null
-  const void* b_hh[kMaxDirections];  // [G*H] or null
-  const void* w_hr[kMaxDirections];  // [R, H] dense or null (then R == H)
+  Rows x;                              // [T,B,I]
+  const void* h0;                      // [D,B,R] dense, or null: zeros
+  const void* c0;                      // [D,B,H] dense, or null: zeros
+  const void* w_ih[kMaxDirections];    // [G*H, I] dense
+  const void* w_hh[kMaxDirections];    // [G*H, R] dense
+  const void* b_ih[kMaxDirections];    // [G*H] or null
+  const void* b_hh[kMaxDirections];    // [G*H] or null
+  const void* w_hr[kMaxDirections];    // [R, H] dense or null (then R == H)
   const void* packed[kMaxDirections];  // what CpuTable::pack made of these weights, or null; not used if T = 1
-  const int64_t* lengths;            // [B] or null
-  const int64_t* batch_sizes;        // [T] or null; excludes lengths
-  Rows resets;                       // bool [T,B], data may be null
-  Rows y;                            // [T,B,D*R]; rows past a length are left untouched
-  Rows c_all;                        // [T,B,D*H], data may be null
-  void* h_n;                         // [D,B,R] dense; may be y itself if T = 1, D = 1
-  void* c_n;                         // [D,B,H] dense, LSTM only
-  void* reserve;                     // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
-  bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  const int64_t* lengths;              // [B] or null
+  const int64_t* batch_sizes;          // [T] or null; excludes lengths
+  Rows resets;                         // bool [T,B], data may be null
+  Rows y;                              // [T,B,D*R]; rows past a length are left untouched
+  Rows c_all;                          // [T,B,D*H], data may be null
+  void* h_n;                           // [D,B,R] dense; may be y itself if T = 1, D = 1
+  void* c_n;                           // [D,B,H] dense, LSTM only
+  void* reserve;                       // [D,N,S*H] compute type, S = saved_values(cell); null: keep nothing
+  bool recompute;                      // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
 };
 
 // The backward of the same call. Gradients that come in may be null (zero); dx and the weights' may be
