@@ -6,6 +6,7 @@ from fusedseq.nn import dynamo
 from fusedseq.nn.attention import MultiheadAttention
 from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fusedseq.nn.fuse import FuseReport, fuse, unfuse
+from fusedseq.nn.longformer import LongformerSelfAttention
 from fusedseq.nn.rnn import GRU, LSTM, RNN
 from fusedseq.nn.transformer import (
     Transformer,
@@ -22,6 +23,7 @@ __all__ = [
     "FuseReport",
     "GRUCell",
     "LSTMCell",
+    "LongformerSelfAttention",
     "MultiheadAttention",
     "RNNCell",
     "Transformer",
