@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fusedseq.nn as fnn
@@ -68,6 +69,10 @@ def by_the_rule(stock, ours, dtype, call, terms, **inputs):
     assert results[0].keys() == results[1].keys()
     wrong = [str(e) for e in judge(*results, dtype, terms=terms) if not e.ok]
     assert not wrong, "\n".join(wrong)
+
+
+def call_with(given):
+    return lambda module, **inputs: module(**inputs, **given)
 
 
 def same_error(stock, ours, *args, **kwargs):
@@ -139,3 +144,111 @@ def masks_for(name, form="batched", rows=L, heads=H):
         "attn_mask": None if attn is None else table(attn, rows, batch, heads),
         "is_causal": causal,
     }
+
+
+MHA_OPTIONS = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "nobias": {"bias": False},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True, "batch_first": True},
+    "both_extra": {"add_bias_kv": True, "add_zero_attn": True, "bias": False},
+    "kdim": {"kdim": 5, "vdim": 8},
+    "vdim_extra": {"vdim": 2, "add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
+}
+
+
+def qkv_for(module, form="batched", same=False, dtype=torch.float64, batch=B):
+    """query, key and value; one tensor for all three if `same`."""
+
+    def one(length, features, seed):
+        shape = (length, features)
+        if form == "batched":
+            shape = (batch, length, features) if module.batch_first else (length, batch, features)
+        return tensor(*shape, seed=seed, dtype=dtype)
+
+    if same:
+        return {"x": one(S, E, 1)}
+    return {"query": one(L, E, 1), "key": one(S, module.kdim, 2), "value": one(S, module.vdim, 4)}
+
+
+T = 5  # of the target; S of the source
+
+
+TRANSFORMERS = (
+    "TransformerEncoderLayer",
+    "TransformerEncoder",
+    "TransformerDecoderLayer",
+    "TransformerDecoder",
+    "Transformer",
+)
+
+
+LAYER_OPTIONS = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "norm_first": {"norm_first": True},
+    "nobias": {"bias": False, "layer_norm_eps": 1e-2},
+    "gelu": {"activation": "gelu", "batch_first": True, "norm_first": True},
+    "callable": {"activation": torch.tanh},
+    "module": {"activation": nn.PReLU(dtype=torch.float64), "batch_first": True},
+    "everything": {"activation": F.gelu, "batch_first": True, "norm_first": True, "bias": False, "layer_norm_eps": 0.1},
+}
+
+
+def made(name, heads=H, features=E, **kwargs):
+    """torch's module and ours, under the same seed; stacks have two layers and, for the encoder, a norm."""
+    kwargs = {"dropout": 0.0, **copy.deepcopy(kwargs)}
+    if name == "Transformer":
+        return pair(name, features, heads, 2, 2, 17, **kwargs)
+    if name.endswith("Layer"):
+        return pair(name, features, heads, 17, **kwargs)
+    dtype = kwargs.get("dtype", torch.float64)
+    stacks = []
+    for namespace, layer in zip((nn, fnn), pair(f"{name}Layer", features, heads, 17, **kwargs), strict=True):
+        norm = nn.LayerNorm(features, dtype=dtype) if name == "TransformerEncoder" else None
+        stacks.append(getattr(namespace, name)(layer, 2, norm))
+    return stacks
+
+
+def is_encoder(name):
+    return "Encoder" in name
+
+
+def inputs_for(name, module, form="batched", batch=B, features=E):
+    first = not any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in module.modules())
+
+    def one(length, seed):
+        shape = (length, features)
+        if form == "batched":
+            shape = (batch, length, features) if first else (length, batch, features)
+        return tensor(*shape, seed=seed)
+
+    if is_encoder(name):
+        return {"src": one(S, 1)}
+    tgt = {"tgt": one(T, 2)}
+    return {"src": one(S, 1), **tgt} if name == "Transformer" else {**tgt, "memory": one(S, 1)}
+
+
+def arguments_for(name, self_mask, cross_mask="none", form="batched", heads=H):
+    """The masks of test_mha by the names that the module has for them; the target's self-attention is causal."""
+    here = masks_for(self_mask, form, S, heads)
+    prefix = "src" if "Layer" in name else ""
+    if is_encoder(name):
+        return {
+            f"{prefix}_mask" if prefix else "mask": here["attn_mask"],
+            "src_key_padding_mask": here["key_padding_mask"],
+            "is_causal": here["is_causal"],
+        }
+    there = masks_for(cross_mask, form, T, heads)
+    given = {
+        "tgt_mask": None if self_mask == "none" else torch.ones(T, T, dtype=torch.bool).triu(1),
+        "memory_mask": there["attn_mask"],
+        "tgt_key_padding_mask": None if here["key_padding_mask"] is None else here["key_padding_mask"][..., :T],
+        "memory_key_padding_mask": there["key_padding_mask"],
+        "memory_is_causal": there["is_causal"],
+    }
+    if name == "Transformer":
+        source = {"src_mask": here["attn_mask"], "src_key_padding_mask": here["key_padding_mask"]}
+        return {**given, **source, "src_is_causal": here["is_causal"]}
+    return given

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import io
-import pickle
 import warnings
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from drop_in import (
     EXACT,
     MASKS,
+    MHA_OPTIONS,
     B,
     E,
     H,
@@ -22,45 +20,22 @@ from drop_in import (
     masks_for,
     padding,
     pair,
+    qkv_for,
     run_both,
     same_error,
     table,
     tensor,
 )
 from torch import nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.utils import parametrizations
 
 import fusedseq
 import fusedseq.nn as fnn
 from fusedseq.nn import masks as reading
 
-OPTIONS = {
-    "plain": {},
-    "batch_first": {"batch_first": True},
-    "nobias": {"bias": False},
-    "bias_kv": {"add_bias_kv": True},
-    "zero_attn": {"add_zero_attn": True, "batch_first": True},
-    "both_extra": {"add_bias_kv": True, "add_zero_attn": True, "bias": False},
-    "kdim": {"kdim": 5, "vdim": 8},
-    "vdim_extra": {"vdim": 2, "add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
-}
-options = pytest.mark.parametrize("option", OPTIONS)
+options = pytest.mark.parametrize("option", MHA_OPTIONS)
+
+
 FORMS = ("batched", "unbatched")
-
-
-def inputs_for(module, form="batched", same=False, dtype=torch.float64, batch=B):
-    """query, key and value; one tensor for all three if `same`."""
-
-    def one(length, features, seed):
-        shape = (length, features)
-        if form == "batched":
-            shape = (batch, length, features) if module.batch_first else (length, batch, features)
-        return tensor(*shape, seed=seed, dtype=dtype)
-
-    if same:
-        return {"x": one(S, E, 1)}
-    return {"query": one(L, E, 1), "key": one(S, module.kdim, 2), "value": one(S, module.vdim, 4)}
 
 
 @options
@@ -68,14 +43,14 @@ def inputs_for(module, form="batched", same=False, dtype=torch.float64, batch=B)
 @pytest.mark.parametrize("weights", [None, "average", "heads"])
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_and_gradients(option, mask, weights, form):
-    stock, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
+    stock, ours = pair("MultiheadAttention", E, H, **MHA_OPTIONS[option])
     given = {"need_weights": weights is not None, "average_attn_weights": weights != "heads", **masks_for(mask, form)}
 
     def call(module, query, key, value):
         return module(query, key, value, **given)
 
     for train in (True, False):
-        run_both(stock.train(train), ours.train(train), call, **inputs_for(ours, form))
+        run_both(stock.train(train), ours.train(train), call, **qkv_for(ours, form))
 
 
 @pytest.mark.parametrize("option", ["plain", "batch_first", "bias_kv"])
@@ -83,12 +58,12 @@ def test_outputs_and_gradients(option, mask, weights, form):
 @pytest.mark.parametrize("weights", [True, False])
 def test_self_attention(option, mask, weights):
     # The three inputs are one tensor, as are the keys and values of a decoder: the products are then joined.
-    stock, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
+    stock, ours = pair("MultiheadAttention", E, H, **MHA_OPTIONS[option])
     given = {"need_weights": weights, **masks_for(mask, rows=S)}
-    run_both(stock, ours, lambda module, x: module(x, x, x, **given), **inputs_for(ours, same=True))
-    memory = inputs_for(ours, same=True)
+    run_both(stock, ours, lambda module, x: module(x, x, x, **given), **qkv_for(ours, same=True))
+    memory = qkv_for(ours, same=True)
     given = {"need_weights": weights, **masks_for(mask, rows=L)}
-    x = inputs_for(ours)["query"]
+    x = qkv_for(ours)["query"]
     run_both(stock, ours, lambda module, x, memory: module(x, memory, memory, **given), x=x, memory=memory["x"])
 
 
@@ -99,7 +74,7 @@ def test_evaluation_without_gradients(heads, mask, weights):
     # Where torch has a fast path of its own. It takes an even number of heads.
     stock, ours = pair("MultiheadAttention", E, heads, batch_first=True)
     given = {"need_weights": weights, **masks_for(mask, rows=S, heads=heads)}
-    x = inputs_for(ours, same=True)["x"]
+    x = qkv_for(ours, same=True)["x"]
     with torch.no_grad():
         got, want = ours.eval()(x, x, x, **given), stock.eval()(x, x, x, **given)
     torch.testing.assert_close(got[0], want[0], **EXACT)
@@ -111,8 +86,8 @@ def test_evaluation_without_gradients(heads, mask, weights):
 
 @options
 def test_masks_that_are_learned(option):
-    stock, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
-    inputs = inputs_for(ours)
+    stock, ours = pair("MultiheadAttention", E, H, **MHA_OPTIONS[option])
+    inputs = qkv_for(ours)
     inputs["attn_mask"] = table("float3d")
     inputs["key_padding_mask"] = padding("right_float")
     for weights in (True, False):
@@ -153,13 +128,13 @@ def test_hint_is_believed_as_in_torch():
     wrong = table("bool")
     run_both(
         stock, ours, lambda module, **x: module(**x, attn_mask=wrong, is_causal=True, need_weights=False),
-        **inputs_for(ours),
+        **qkv_for(ours),
     )  # fmt: skip
 
 
 @options
 def test_parameters_names_initialisation_state_dict(option):
-    stock, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
+    stock, ours = pair("MultiheadAttention", E, H, **MHA_OPTIONS[option])
     assert isinstance(ours, nn.MultiheadAttention)
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in stock.named_parameters()]
@@ -170,12 +145,12 @@ def test_parameters_names_initialisation_state_dict(option):
         for p in stock.parameters():
             p.add_(0.1)
     ours.load_state_dict(stock.state_dict())
-    run_both(stock, ours, lambda module, **x: module(**x), **inputs_for(ours))
+    run_both(stock, ours, lambda module, **x: module(**x), **qkv_for(ours))
     with torch.no_grad():
         for p in ours.parameters():
             p.mul_(0.5)
     stock.load_state_dict(ours.state_dict())
-    run_both(stock, ours, lambda module, **x: module(**x), **inputs_for(ours))
+    run_both(stock, ours, lambda module, **x: module(**x), **qkv_for(ours))
     torch.manual_seed(5)
     stock._reset_parameters()
     torch.manual_seed(5)
@@ -249,19 +224,19 @@ def test_bad_parameters():
     made = pair("MultiheadAttention", E, H, add_bias_kv=True)
     for module in made:
         module.bias_v = None
-    same_error(*made, *inputs_for(made[0]).values())
+    same_error(*made, *qkv_for(made[0]).values())
     made = pair("MultiheadAttention", E, H, dropout=1.5)
-    same_error(*made, *inputs_for(made[0]).values())
+    same_error(*made, *qkv_for(made[0]).values())
 
 
 def test_mismatched_masks_warn():
     made = pair("MultiheadAttention", E, H)
     for module in made:
         with pytest.warns(UserWarning, match="Support for mismatched key_padding_mask and attn_mask"):
-            module(**inputs_for(module), key_padding_mask=padding("right"), attn_mask=table("float"))
+            module(**qkv_for(module), key_padding_mask=padding("right"), attn_mask=table("float"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        made[1](**inputs_for(made[1]), key_padding_mask=padding("right"), attn_mask=table("bool"))
+        made[1](**qkv_for(made[1]), key_padding_mask=padding("right"), attn_mask=table("bool"))
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -271,7 +246,7 @@ def test_rows_that_see_nothing(weights):
         ours.out_proj.bias.copy_(tensor(E))
     hidden = padding("right")
     hidden[2] = True
-    inputs = {k: t.requires_grad_() for k, t in inputs_for(ours).items()}
+    inputs = {k: t.requires_grad_() for k, t in qkv_for(ours).items()}
     out, probs = ours(**inputs, key_padding_mask=hidden, need_weights=weights)
     torch.testing.assert_close(out[:, 2], ours.out_proj.bias.expand(L, E))
     out.sum().backward()
@@ -286,7 +261,7 @@ def test_rows_that_see_nothing(weights):
 @options
 @pytest.mark.parametrize("shape", [(0, L, S), (B, 0, S), (B, L, 0)], ids=["B0", "L0", "S0"])
 def test_empty(option, shape):
-    stock, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
+    stock, ours = pair("MultiheadAttention", E, H, **MHA_OPTIONS[option])
     batch, rows, keys = shape
 
     def of(length, features):
@@ -303,7 +278,7 @@ def test_empty(option, shape):
 
 def test_dropout():
     _, ours = pair("MultiheadAttention", E, H, dropout=1.0, bias=False)
-    x = inputs_for(ours)
+    x = qkv_for(ours)
     assert ours(**x, need_weights=False)[0].eq(0).all()
     silent, _ = pair("MultiheadAttention", E, H, bias=False)
     want = silent(**x)
@@ -331,7 +306,7 @@ def test_weights_under_dropout_are_those_that_made_the_output():
         torch.manual_seed(7)
         return module(**x, average_attn_weights=False)
 
-    probs = run_both(stock, ours, call, **inputs_for(ours))[1]
+    probs = run_both(stock, ours, call, **qkv_for(ours))[1]
     assert 0.2 < probs.eq(0).double().mean() < 0.6
 
 
@@ -345,143 +320,3 @@ def test_error_rule(dtype, weights, mask):
         given["attn_mask"] = given["attn_mask"].isinf()
     inputs = {"query": tensor(B, L, 32, seed=1), "key": tensor(B, S, 32, seed=2), "value": tensor(B, S, 32, seed=4)}
     by_the_rule(*made, dtype, lambda module, **x: module(**x, **given), B * S * 32, **inputs)
-
-
-@pytest.mark.parametrize("weights", [True, False])
-@pytest.mark.parametrize("option", ["plain", "both_extra", "vdim_extra"])
-def test_autocast(option, weights):
-    stock, ours = pair("MultiheadAttention", E, H, dtype=torch.float32, **OPTIONS[option])
-    x = inputs_for(ours, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        got, want = ours(**x, need_weights=weights), stock(**x, need_weights=weights)
-    assert [t.dtype for t in got if t is not None] == [t.dtype for t in want if t is not None]
-    got[0].float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
-    torch.testing.assert_close(got[0].float(), ours(**x)[0], rtol=0.05, atol=0.02)
-
-
-@options
-@pytest.mark.parametrize("weights", [True, False])
-def test_compile_fullgraph(option, weights):
-    _, ours = pair("MultiheadAttention", E, H, **OPTIONS[option])
-    x = {k: t.requires_grad_() for k, t in inputs_for(ours).items()}
-    given = {"need_weights": weights, "key_padding_mask": padding("right"), "attn_mask": table("causal")}
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    run_both(ours, compiled, lambda module, **x: module(**x, **given), **x)
-
-
-def test_export():
-    _, ours = pair("MultiheadAttention", E, H, batch_first=True)
-    args = tuple(inputs_for(ours).values())
-    given = {"key_padding_mask": padding("right"), "need_weights": False}
-    exported = torch.export.export(ours.eval(), args, given).module()
-    torch.testing.assert_close(exported(*args, **given), ours(*args, **given), **EXACT)
-    given["key_padding_mask"] = padding("left")
-    torch.testing.assert_close(exported(*args, **given), ours(*args, **given), **EXACT)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_script_and_trace():
-    stock, ours = pair("MultiheadAttention", E, H)
-    x = tuple(inputs_for(ours).values())
-    scripted = torch.jit.script(ours)
-    assert scripted.original_name == "MultiheadAttention"
-    torch.testing.assert_close(scripted(*x), stock(*x), **EXACT)
-    traced = torch.jit.trace(ours, x)
-    torch.testing.assert_close(traced(*(2 * t for t in x)), stock(*(2 * t for t in x)), **EXACT)
-
-    class Mine(fnn.MultiheadAttention):
-        pass
-
-    with pytest.raises(RuntimeError, match=r"subclass of fusedseq\.MultiheadAttention"):
-        torch.jit.script(Mine(E, H))
-
-
-def test_copies_and_files():
-    stock, ours = pair("MultiheadAttention", E, H, add_bias_kv=True)
-    x = inputs_for(ours)
-    want = stock(**x)
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
-        assert type(other) is fnn.MultiheadAttention
-        torch.testing.assert_close(other(**x), want, **EXACT)
-    meta = fnn.MultiheadAttention(E, H, device="meta", dtype=torch.float64).to_empty(device="cpu")
-    meta.load_state_dict(pair("MultiheadAttention", E, H)[0].state_dict())
-    torch.testing.assert_close(meta(**x), pair("MultiheadAttention", E, H)[0](**x), **EXACT)
-    old = dict(ours.__dict__)
-    del old["_qkv_same_embed_dim"]
-    revived = fnn.MultiheadAttention.__new__(fnn.MultiheadAttention)
-    revived.__setstate__(old)
-    torch.testing.assert_close(revived(**x), want, **EXACT)
-
-
-class Labelled(torch.Tensor):
-    """A tensor subclass with the default torch function: whatever it takes part in becomes one of its kind."""
-
-
-def test_parameters_of_a_subclass():
-    made = pair("MultiheadAttention", E, H)
-    for module in made:
-        for owner, key in ((module, "in_proj_weight"), (module.out_proj, "weight")):
-            setattr(owner, key, nn.Parameter(getattr(owner, key).detach().as_subclass(Labelled)))
-    want, got = (module(**inputs_for(module))[0] for module in made)
-    assert type(got) is type(want) is Labelled
-    torch.testing.assert_close(got, want, **EXACT)
-
-
-def test_parametrized_weights():
-    made = pair("MultiheadAttention", E, H)
-    for module in made:
-        parametrizations.weight_norm(module, "in_proj_weight")
-        parametrizations.orthogonal(module.out_proj, "weight")
-    run_both(*made, lambda module, **x: module(**x), **inputs_for(made[0]))
-
-
-def test_functional_call_and_per_sample_gradients():
-    stock, ours = pair("MultiheadAttention", E, H, batch_first=True)
-    x = inputs_for(ours, same=True)["x"]
-    hidden = padding("right")
-    parameters = {k: 2 * v.detach() for k, v in ours.named_parameters()}
-
-    def loss(parameters, sample, row):
-        given = (sample[None],) * 3
-        return functional_call(ours, parameters, given, {"key_padding_mask": row[None]})[0].square().sum()
-
-    got = vmap(grad(loss), (None, 0, 0))(parameters, x, hidden)
-    stock.load_state_dict(parameters)
-    for b in range(B):
-        stock.zero_grad()
-        stock(*(x[b : b + 1],) * 3, key_padding_mask=hidden[b : b + 1])[0].square().sum().backward()
-        for k, v in stock.named_parameters():
-            torch.testing.assert_close(got[k][b], v.grad, **EXACT)
-
-
-def test_symbolic_trace_keeps_the_module_whole():
-    class Model(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x, hidden):
-            return self.inner(x, x, x, key_padding_mask=hidden)[0]
-
-    stock, ours = pair("MultiheadAttention", E, H, batch_first=True)
-    traced, want = (torch.fx.symbolic_trace(Model(module)) for module in (ours, stock))
-    assert [(n.op, n.name) for n in traced.graph.nodes] == [(n.op, n.name) for n in want.graph.nodes]
-    x, hidden = inputs_for(ours, same=True)["x"], padding("right")
-    torch.testing.assert_close(traced(x, hidden), want(x, hidden), **EXACT)
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
-def test_nested_tensors_are_left_to_torch():
-    stock, ours = pair("MultiheadAttention", E, 2, batch_first=True)
-    x = torch.nested.nested_tensor([tensor(3, E), tensor(5, E)])
-    with torch.no_grad():
-        got, want = (module.eval()(x, x, x, need_weights=False)[0] for module in (ours, stock))
-    for a, b in zip(got.unbind(), want.unbind(), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-    same_error(stock.train(), ours.train(), x, x, x)

@@ -4,108 +4,47 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from drop_in import EXACT, B, E, H, S, by_the_rule, flat, masks_for, padding, pair, run_both, same_error, tensor
+from drop_in import (
+    EXACT,
+    LAYER_OPTIONS,
+    TRANSFORMERS,
+    B,
+    E,
+    H,
+    S,
+    T,
+    arguments_for,
+    by_the_rule,
+    call_with,
+    flat,
+    inputs_for,
+    is_encoder,
+    made,
+    padding,
+    run_both,
+    same_error,
+)
 from torch import nn
 
 import fusedseq
 import fusedseq.nn as fnn
 from fusedseq.nn import masks as reading
 
-T = 5  # of the target; S of the source
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning"),
 ]
 
-NAMES = (
-    "TransformerEncoderLayer",
-    "TransformerEncoder",
-    "TransformerDecoderLayer",
-    "TransformerDecoder",
-    "Transformer",
-)
-OPTIONS = {
-    "plain": {},
-    "batch_first": {"batch_first": True},
-    "norm_first": {"norm_first": True},
-    "nobias": {"bias": False, "layer_norm_eps": 1e-2},
-    "gelu": {"activation": "gelu", "batch_first": True, "norm_first": True},
-    "callable": {"activation": torch.tanh},
-    "module": {"activation": nn.PReLU(dtype=torch.float64), "batch_first": True},
-    "everything": {"activation": F.gelu, "batch_first": True, "norm_first": True, "bias": False, "layer_norm_eps": 0.1},
-}
-names = pytest.mark.parametrize("name", NAMES)
-options = pytest.mark.parametrize("option", OPTIONS)
+
+names = pytest.mark.parametrize("name", TRANSFORMERS)
 
 
-def made(name, heads=H, features=E, **kwargs):
-    """torch's module and ours, under the same seed; stacks have two layers and, for the encoder, a norm."""
-    kwargs = {"dropout": 0.0, **copy.deepcopy(kwargs)}
-    if name == "Transformer":
-        return pair(name, features, heads, 2, 2, 17, **kwargs)
-    if name.endswith("Layer"):
-        return pair(name, features, heads, 17, **kwargs)
-    dtype = kwargs.get("dtype", torch.float64)
-    stacks = []
-    for namespace, layer in zip((nn, fnn), pair(f"{name}Layer", features, heads, 17, **kwargs), strict=True):
-        norm = nn.LayerNorm(features, dtype=dtype) if name == "TransformerEncoder" else None
-        stacks.append(getattr(namespace, name)(layer, 2, norm))
-    return stacks
-
-
-def is_encoder(name):
-    return "Encoder" in name
-
-
-def inputs_for(name, module, form="batched", batch=B, features=E):
-    first = not any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in module.modules())
-
-    def one(length, seed):
-        shape = (length, features)
-        if form == "batched":
-            shape = (batch, length, features) if first else (length, batch, features)
-        return tensor(*shape, seed=seed)
-
-    if is_encoder(name):
-        return {"src": one(S, 1)}
-    tgt = {"tgt": one(T, 2)}
-    return {"src": one(S, 1), **tgt} if name == "Transformer" else {**tgt, "memory": one(S, 1)}
-
-
-def arguments_for(name, self_mask, cross_mask="none", form="batched", heads=H):
-    """The masks of test_mha by the names that the module has for them; the target's self-attention is causal."""
-    here = masks_for(self_mask, form, S, heads)
-    prefix = "src" if "Layer" in name else ""
-    if is_encoder(name):
-        return {
-            f"{prefix}_mask" if prefix else "mask": here["attn_mask"],
-            "src_key_padding_mask": here["key_padding_mask"],
-            "is_causal": here["is_causal"],
-        }
-    there = masks_for(cross_mask, form, T, heads)
-    given = {
-        "tgt_mask": None if self_mask == "none" else torch.ones(T, T, dtype=torch.bool).triu(1),
-        "memory_mask": there["attn_mask"],
-        "tgt_key_padding_mask": None if here["key_padding_mask"] is None else here["key_padding_mask"][..., :T],
-        "memory_key_padding_mask": there["key_padding_mask"],
-        "memory_is_causal": there["is_causal"],
-    }
-    if name == "Transformer":
-        source = {"src_mask": here["attn_mask"], "src_key_padding_mask": here["key_padding_mask"]}
-        return {**given, **source, "src_is_causal": here["is_causal"]}
-    return given
-
-
-def call_with(given):
-    return lambda module, **inputs: module(**inputs, **given)
+options = pytest.mark.parametrize("option", LAYER_OPTIONS)
 
 
 MASK_PAIRS = [
@@ -116,11 +55,14 @@ MASK_PAIRS = [
 
 @names
 @options
-@pytest.mark.parametrize("masks", MASK_PAIRS, ids="-".join)
-@pytest.mark.parametrize("form", ["batched", "unbatched"])
+@pytest.mark.parametrize(
+    ("form", "masks"),
+    [*(("batched", pair) for pair in MASK_PAIRS), *(("unbatched", pair) for pair in MASK_PAIRS[:3])],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
-def test_outputs_and_gradients(name, option, masks, form):
-    stock, ours = made(name, **OPTIONS[option])
+def test_outputs_and_gradients(name, option, form, masks):
+    stock, ours = made(name, **LAYER_OPTIONS[option])
     given = arguments_for(name, *masks, form)
     for train in (True, False):
         run_both(stock.train(train), ours.train(train), call_with(given), **inputs_for(name, ours, form))
@@ -131,7 +73,7 @@ def test_outputs_and_gradients(name, option, masks, form):
 @pytest.mark.parametrize("masks", [("none", "none"), ("causal", "left"), ("bool", "bool")], ids="-".join)
 def test_evaluation_without_gradients(name, option, masks):
     # Where torch has a fused layer of its own; it takes an even number of heads.
-    stock, ours = made(name, heads=2, **OPTIONS[option])
+    stock, ours = made(name, heads=2, **LAYER_OPTIONS[option])
     given = arguments_for(name, *masks, heads=2)
     x = inputs_for(name, ours)
     with torch.no_grad():
@@ -140,48 +82,10 @@ def test_evaluation_without_gradients(name, option, masks):
     torch.testing.assert_close(ours.train()(**x, **given), got, rtol=0, atol=0)
 
 
-def test_padding_stays_where_it_is():
-    stock, ours = made("TransformerEncoder", heads=2, batch_first=True)
-    hidden = padding("right")
-    x = inputs_for("TransformerEncoder", ours)["src"]
-    want = stock(x, src_key_padding_mask=hidden)
-    with torch.no_grad():
-        got = ours.eval()(x, src_key_padding_mask=hidden)
-        nested = stock.eval()(x, src_key_padding_mask=hidden)
-    assert stock.use_nested_tensor and ours.use_nested_tensor
-    torch.testing.assert_close(got, want, **EXACT)
-    torch.testing.assert_close(got[~hidden], nested[~hidden], **EXACT)
-    # What torch.nn says about padding in evaluation is not what it says in training.
-    torch.testing.assert_close(nested[hidden], stock.norm.bias.expand(int(hidden.sum()), E), **EXACT)
-    assert not torch.allclose(got[hidden], nested[hidden])
-
-
-def test_nested_tensors_of_a_stack_of_torch():
-    # A subclass of torch's stack is not swapped, and hands ragged batches to layers that are.
-    class Mine(nn.TransformerEncoder):
-        pass
-
-    stock, _ = made("TransformerEncoder", heads=2, batch_first=True)
-    mine = Mine(copy.deepcopy(stock.layers[0]), 2, copy.deepcopy(stock.norm))
-    assert [e.type for e in fnn.fuse(mine).swapped] == [
-        "torch.nn.TransformerEncoderLayer", "torch.nn.MultiheadAttention",
-    ] * 2  # fmt: skip
-    x = inputs_for("TransformerEncoder", mine)["src"]
-    hidden = padding("right")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            mine.eval()(x, src_key_padding_mask=hidden), stock.eval()(x, src_key_padding_mask=hidden), **EXACT
-        )
-        nested = torch.nested.nested_tensor([tensor(3, E), tensor(5, E)])
-        _, ours = made("TransformerEncoder", heads=2, batch_first=True)
-        for a, b in zip(ours.eval()(nested).unbind(), stock.eval()(nested).unbind(), strict=True):
-            torch.testing.assert_close(a, b, **EXACT)
-
-
 @names
 @options
 def test_parameters_names_initialisation_state_dict(name, option):
-    stock, ours = made(name, **OPTIONS[option])
+    stock, ours = made(name, **LAYER_OPTIONS[option])
     assert isinstance(ours, type(stock))
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in stock.named_parameters()]
@@ -200,7 +104,7 @@ def test_parameters_names_initialisation_state_dict(name, option):
 @names
 def test_what_it_is_made_of(name):
     _, ours = made(name)
-    kinds = {type(m) for m in ours.modules() if type(m).__name__ in (*NAMES, "MultiheadAttention")}
+    kinds = {type(m) for m in ours.modules() if type(m).__name__ in (*TRANSFORMERS, "MultiheadAttention")}
     assert kinds == {getattr(fnn, kind.__name__) for kind in kinds}
     assert fnn.MultiheadAttention in kinds
     assert getattr(fusedseq, name) is getattr(fnn, name)
@@ -245,7 +149,7 @@ def test_warnings_about_nested_tensors():
         assert "enable_nested_tensor is True" in texts[0][0]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("Layer")] + ["Transformer"])
+@pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n.endswith("Layer")] + ["Transformer"])
 @pytest.mark.parametrize(
     "kwargs", [{"activation": "tanh"}, {"nhead": 5}, {"d_model": 0}, {"dropout": 2.0}, {"head": 1}]
 )
@@ -413,107 +317,6 @@ def test_error_rule(name, dtype):
     modules = made(name, heads=2, features=32, batch_first=True)
     given = arguments_for(name, "causal_right", "right", heads=2)
     by_the_rule(*modules, dtype, call_with(given), B * S * 32, **inputs_for(name, modules[1], features=32))
-
-
-@names
-def test_autocast(name):
-    stock, ours = made(name, dtype=torch.float32)
-    x = {k: t.float() for k, t in inputs_for(name, ours).items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        got, want = ours(**x), stock(**x)
-    assert got.dtype == want.dtype
-    got.float().square().sum().backward()
-    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in ours.parameters())
-    torch.testing.assert_close(got.float(), ours(**x), rtol=0.05, atol=0.1)
-
-
-@names
-@pytest.mark.parametrize("masks", [("causal_right", "right"), ("none", "none")], ids="-".join)
-@pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
-def test_compile_fullgraph(name, masks):
-    _, ours = made(name, batch_first=True)
-    given = arguments_for(name, *masks)
-    given = {k: v for k, v in given.items() if not k.endswith("is_causal")}  # left to be found out
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    run_both(ours, compiled, call_with(given), **inputs_for(name, ours))
-
-
-@names
-def test_export(name):
-    _, ours = made(name, batch_first=True)
-    x = inputs_for(name, ours)
-    exported = torch.export.export(ours.eval(), (), x).module()
-    torch.testing.assert_close(exported(**x), ours(**x), **EXACT)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:'norm' was found in ScriptModule constants:UserWarning")
-@names
-def test_script(name):
-    stock, ours = made(name)
-    x = tuple(inputs_for(name, ours).values())
-    want = torch.jit.script(stock)(*x)
-    scripted = torch.jit.script(ours)
-    assert scripted.original_name == name
-    torch.testing.assert_close(scripted(*x), want, **EXACT)
-    torch.testing.assert_close(ours(*x), want, **EXACT)
-
-
-@names
-def test_symbolic_trace_keeps_the_module_whole(name):
-    class One(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, a):
-            return 2 * self.inner(a)
-
-    class Two(One):
-        def forward(self, a, b):
-            return 2 * self.inner(a, b)
-
-    modules = made(name, batch_first=True)
-    x = tuple(inputs_for(name, modules[0]).values())
-    want, got = (torch.fx.symbolic_trace((One if len(x) == 1 else Two)(m)) for m in modules)
-    assert [(n.op, n.name) for n in got.graph.nodes] == [(n.op, n.name) for n in want.graph.nodes]
-    torch.testing.assert_close(got(*x), want(*x), **EXACT)
-
-
-@names
-def test_copies_and_files(name):
-    stock, ours = made(name)
-    x = inputs_for(name, ours)
-    want = stock(**x)
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
-        assert [type(m) for m in other.modules()] == [type(m) for m in ours.modules()]
-        torch.testing.assert_close(other(**x), want, **EXACT)
-    _, meta = made(name)
-    meta = meta.to("meta").to_empty(device="cpu")
-    meta.load_state_dict(stock.state_dict())
-    torch.testing.assert_close(meta(**x), want, **EXACT)
-
-
-@names
-def test_per_sample_gradients(name):
-    from torch.func import functional_call, grad, vmap
-
-    stock, ours = made(name, batch_first=True)
-    x = inputs_for(name, ours)
-    parameters = {k: v.detach() for k, v in ours.named_parameters()}
-
-    def loss(parameters, *sample):
-        inputs = {k: t[None] for k, t in zip(x, sample, strict=True)}
-        return functional_call(ours, parameters, (), inputs).pow(3).sum()
-
-    got = vmap(grad(loss), (None, *(0,) * len(x)))(parameters, *x.values())
-    stock(**{k: t[1:2] for k, t in x.items()}).pow(3).sum().backward()
-    for k, v in stock.named_parameters():
-        torch.testing.assert_close(got[k][1], v.grad, **EXACT)
 
 
 @names

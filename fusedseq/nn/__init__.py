@@ -7,6 +7,7 @@ from fusedseq.nn.attention import MultiheadAttention
 from fusedseq.nn.cells import GRUCell, LSTMCell, RNNCell
 from fusedseq.nn.freeze import freeze, unfreeze
 from fusedseq.nn.fuse import FuseReport, fuse, unfuse
+from fusedseq.nn.longformer import LongformerSelfAttention
 from fusedseq.nn.rnn import GRU, LSTM, RNN
 from fusedseq.nn.transformer import (
     Transformer,
@@ -23,6 +24,7 @@ __all__ = [
     "FuseReport",
     "GRUCell",
     "LSTMCell",
+    "LongformerSelfAttention",
     "MultiheadAttention",
     "RNNCell",
     "Transformer",
