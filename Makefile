@@ -60,7 +60,7 @@ format: $(VENV)/.requirements
 # A whole copy of the package with its own core, found through PYTHONPATH, so that the normal build stays as it is.
 # `pytest` and not `python -m pytest`: the latter would put the repository, and the normal core, first.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= tests/test_isa.py tests/test_parity.py tests/test_recompute.py tests/test_freeze.py tests/test_repeat.py \
+SANITIZE_TESTS ?= tests/test_isa.py tests/test_parity.py tests/test_recompute.py tests/test_freeze.py tests/test_repeat.py tests/test_attention_parity.py \
     -k "isa or cpu or bits"
 sanitize: build
 	FUSEDSEQ_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

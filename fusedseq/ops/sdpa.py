@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fusedseq.ops import attention_check as check
 from fusedseq.ops.attention import run
@@ -55,8 +55,8 @@ def scaled_dot_product_attention(
             except RuntimeError:
                 return _refuse(args)
             query, key, value = (t.expand(*lead, *t.shape[-2:]) for t in (query, key, value))
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if _is_causal_bias(attn_mask):
+        lower_right = getattr(attn_mask, "variant", None) == _causal_bias().CausalVariant.LOWER_RIGHT
         mask, attn_mask = Mask("bottom-right" if lower_right else "top-left"), None
     bias = None
     if attn_mask is not None:
@@ -88,7 +88,7 @@ def _plain(
         return False
     if gqa and (q.shape[-3] % k.shape[-3] or k.shape[-3] != v.shape[-3]):
         return False
-    if mask is None or isinstance(mask, CausalBias):
+    if mask is None or _is_causal_bias(mask):
         return True
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, q.dtype):
         return False
@@ -97,6 +97,15 @@ def _plain(
     return mask.dim() <= max(len(full), k.dim(), v.dim()) and all(
         size in (1, fits) or (fits == 1 and dim >= 2) for dim, (size, fits) in enumerate(short)
     )
+
+
+def _causal_bias() -> Any:
+    """torch's module of CausalBias, None as long as nobody has imported it: it brings TorchDynamo along."""
+    return sys.modules.get("torch.nn.attention.bias")
+
+
+def _is_causal_bias(mask: Any) -> bool:
+    return _causal_bias() is not None and isinstance(mask, _causal_bias().CausalBias)
 
 
 def _as_heads(t: Tensor) -> Tensor:
