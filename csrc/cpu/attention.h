@@ -4,7 +4,9 @@
 // queries of a pair are its rows, head by head within each position, so that decoding with grouped heads fills a tile.
 // Keys come in blocks that begin at multiples of kKeys: a row's result depends on neither its batch nor the threads.
 #pragma once
-#include "cpu/gemm.h"
+#include <math.h>
+
+#include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
 //
@@ -42,15 +44,9 @@ struct KeyBlock {
 FSQ_INLINE int64_t clamp64(int64_t x, int64_t low, int64_t high) { return min64(max64(x, low), high); }
 
 #if defined(__AVX512F__)
-FSQ_INLINE VecF larger(VecF a, VecF b) { return _mm512_max_ps(a, b); }
-FSQ_INLINE VecD larger(VecD a, VecD b) { return _mm512_max_pd(a, b); }
 FSQ_INLINE float largest(VecF a) { return _mm512_reduce_max_ps(a); }
 FSQ_INLINE double largest(VecD a) { return _mm512_reduce_max_pd(a); }
 #else
-template <class V>
-FSQ_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
-}
 template <class V>
 FSQ_INLINE typename Num<V>::Scalar largest(V a) {
   typename Num<V>::Scalar m = a[0];
@@ -64,6 +60,35 @@ FSQ_INLINE typename Num<V>::Scalar total(V a) {
   for (size_t i = 0; i < sizeof(V) / sizeof sum; ++i) sum += a[i];
   return sum;
 }
+
+// ln of the sum of a row's exponentials, each 2^(logit - top); rounded once.
+FSQ_INLINE VecD log_sum(VecD top, VecD sum) {
+  for (int i = 0; i < kLanes<double>; ++i) sum[i] = top[i] * Exp2Const<double>::ln2 + log(sum[i]);
+  return sum;
+}
+FSQ_INLINE VecF log_sum(VecF top, VecF sum) {
+  typedef float Half __attribute__((vector_size(FSQ_VECTOR_BYTES / 2)));
+  Half tops[2], sums[2], out[2];
+  memcpy(tops, &top, sizeof top);
+  memcpy(sums, &sum, sizeof sum);
+  for (int i = 0; i < 2; ++i) {
+    const VecD x = __builtin_convertvector(sums[i], VecD);
+    const VecL bits = (VecL)x, fraction = (bits & 0xfffffffffffff) | 0x3ff0000000000000;
+    const VecL high = (VecD)fraction > 1.4142135623730951;
+    const VecD m = high ? (VecD)fraction * 0.5 : (VecD)fraction;
+    const VecD log = log_of_parts(__builtin_convertvector((bits >> 52) - 1023 - high, VecD), m);
+    const VecD y = fma(__builtin_convertvector(tops[i], VecD), splat(Exp2Const<double>::ln2), log);
+    out[i] = __builtin_convertvector(x - x == 0 ? y : x, Half);  // what is not finite comes through
+  }
+  memcpy(&sum, out, sizeof sum);
+  return sum;
+}
+
+// What makes the sums of kLanes rows their outputs, and their lse.
+template <class S>
+struct Finish {
+  Vec<S> factor, lse;
+};
 
 // v where the bit of its lane is set, else 0.
 template <class S>
@@ -228,11 +253,28 @@ class AttentionView {
       slope = fma(-t, t, splat(S(1)));
     }
     const int64_t n = k.n - v * L;
-    if (q.bias) s = s + biases(q, k, v, n);
+    if (q.bias) s = s + biases(q, k, v * L);
     if (p.alibi_slopes) s = fma(-splat(q.slope), distance(q, k, v), s);
     B off = hidden(q, k, v);
     if (q.dense) off = off | ~allowed(q, k, v, n);
     return off ? splat(S(-__builtin_inf())) : s * splat(Exp2Const<S>::log2e);
+  }
+
+  S sink(const Query<S>& q) const { return p.sinks ? static_cast<const S*>(p.sinks)[q.h] : S(0); }
+
+  // From the maximum and the sum of the weights of kLanes rows, and the logit of the sink that joins them.
+  Finish<S> finish_rows(V top, V sum, V sink) const {
+    const V low = splat(S(-__builtin_inf())), one = splat(S(1)), zero{};
+    V factor = one;
+    if (p.sinks) {
+      sink = sink * splat(Exp2Const<S>::log2e);
+      const V now = top > sink ? top : sink;
+      factor = top == low ? zero : exp2(top - now);
+      sum = fma(sum, factor, now == low ? zero : exp2(sink - now));
+      top = now;
+    }
+    const B nothing = sum == zero;
+    return {nothing ? zero : factor * splat(S(p.keep_scale)) / sum, nothing ? low : log_sum(top, sum)};
   }
 
   // Whether bias or table hide all keys [r) of the block from all of `rows` queries.
@@ -316,6 +358,28 @@ class AttentionView {
   bool stored() const { return p.dtype == (P::per_word == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32); }
   bool whole(int64_t width) const { return P::per_word == 1 && stored() && width % L == 0; }
 
+
+  // Of the keys from position `at` of the block on, 0 past its end.
+  V biases(const Query<S>& q, const KeyBlock<S>& k, int at) const {
+    const int64_t n = k.n - at;
+    if (!k.picked && p.bias.ss) return load_as<S>(q.bias, p.bias_dtype, k.j0 + at, n);
+    V b{};
+    for (int i = 0; i < L && i < n; ++i) b[i] = load_scalar<S>(q.bias, p.bias_dtype, key(k, at + i) * p.bias.ss);
+    return b;
+  }
+  // Bits of the keys of a block that the table shows.
+  uint64_t allowed_keys(const Query<S>& q, const KeyBlock<S>& k) const {
+#if defined(__AVX512BW__)
+    if (!k.picked && p.dense.ss) {
+      const __m512i row = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - k.n), q.dense + k.j0);
+      return _mm512_test_epi8_mask(row, row);
+    }
+#endif
+    uint64_t bits = 0;
+    for (int i = 0; i < k.n; ++i) bits |= uint64_t(q.dense[key(k, i) * p.dense.ss] != 0) << i;
+    return bits;
+  }
+
  private:
   template <class At>
   RightRows<P> pack(S* dst, const Heads& t, int64_t rows, int64_t width, At at) const {
@@ -331,12 +395,6 @@ class AttentionView {
     return {dst, 0, n};
   }
 
-  V biases(const Query<S>& q, const KeyBlock<S>& k, int v, int64_t n) const {
-    if (!k.picked && p.bias.ss) return load_as<S>(q.bias, p.bias_dtype, k.j0 + v * L, n);
-    V b{};
-    for (int i = 0; i < L && i < n; ++i) b[i] = load_scalar<S>(q.bias, p.bias_dtype, key(k, v * L + i) * p.bias.ss);
-    return b;
-  }
   B allowed(const Query<S>& q, const KeyBlock<S>& k, int v, int64_t n) const {
     uint8_t seen[L] = {};
     if (!k.picked && p.dense.ss)

@@ -1,41 +1,12 @@
 #include "cpu/gemm.h"
 
+#include "cpu/accumulate.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
+#include "cpu/transpose.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
-
-template <class P, int NV, int M>
-FSQ_INLINE void accumulate(Vec<typename P::Sum> (&acc)[M][NV], const typename P::Value* a, int64_t row, int64_t step,
-                           const typename P::Sum* b, int64_t pitch, int64_t K) {
-  typedef Vec<typename P::Sum> V;
-  // A column of a and one vector of b at a time, if the sums leave room for that; else a row of b and one value of a.
-  constexpr bool column_fits = M * NV + M + 1 <= kRegisters;
-  for (; K > 0; --K, b += pitch, a += step) {
-    if constexpr (!column_fits) {
-      V w[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = load(b + v * kLanes<typename P::Sum>);
-#pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) {
-        const V x = splat_word<P>(a + r * row);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add<P>(x, w[v], acc[r][v]);
-      }
-    } else {
-      V x[M];
-#pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) x[r] = splat_word<P>(a + r * row);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const V w = load(b + v * kLanes<typename P::Sum>);
-#pragma GCC unroll 8
-        for (int r = 0; r < M; ++r) acc[r][v] = multiply_add<P>(x[r], w, acc[r][v]);
-      }
-    }
-  }
-}
 
 // acc (+)= base, a row `pitch` after the other.
 template <class P, int NV, int M>
@@ -110,58 +81,6 @@ void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64
                        c + r * ldc, ldc, nullptr, 0, nullptr, 0, 0, k > 0});
     });
   }
-}
-
-// Interleaves the low (kHigh: high) halves of two vectors.
-#if defined(__clang__)
-template <class T, T... i>
-struct Lanes {};
-template <bool kHigh, class V, int... i>
-FSQ_INLINE V shuffled(V a, V b, Lanes<int, i...>) {
-  constexpr int L = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i / 2 + (i % 2) * L + kHigh * (L / 2))...);
-}
-template <bool kHigh, class S>
-FSQ_INLINE Vec<S> interleave(Vec<S> a, Vec<S> b) {
-  return shuffled<kHigh>(a, b, __make_integer_seq<Lanes, int, kLanes<S>>());
-}
-#else
-template <bool kHigh, class S>
-FSQ_INLINE Vec<S> interleave(Vec<S> a, Vec<S> b) {
-  constexpr int L = kLanes<S>;
-  typename VecOf<S>::bits from{};
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) from[i] = i / 2 + (i % 2) * L + kHigh * (L / 2);
-  return __builtin_shuffle(a, b, from);
-}
-#endif
-
-// In-register transpose of kLanes rows: log2(lanes) perfect shuffles of the first half with the second.
-template <class S>
-FSQ_INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
-  constexpr int L = kLanes<S>;
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    Vec<S> out[L];
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      out[2 * i] = interleave<false, S>(rows[i], rows[i + L / 2]);
-      out[2 * i + 1] = interleave<true, S>(rows[i], rows[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = out[i];
-  }
-}
-
-// The sums of kLanes vectors, in order: each step folds halves of two vectors into one.
-template <class S>
-FSQ_INLINE Vec<S> fold(Vec<S> (&v)[kLanes<S>]) {
-#pragma GCC unroll 4
-  for (int half = kLanes<S> / 2; half >= 1; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      v[i] = interleave<false, S>(v[i], v[i + half]) + interleave<true, S>(v[i], v[i + half]);
-  return v[0];
 }
 
 // M rows of a against every row of w of one unit vector, four rows of w at a time.

@@ -96,5 +96,26 @@ FSQ_INLINE void put_row(typename P::Sum* word, int64_t k, Vec<typename P::Sum> v
 #endif
 }
 
+// Words of two vectors, the second in the upper halves.
+#if FSQ_BF16_PAIRS
+FSQ_INLINE VecF paired(VecF first, VecF second) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (VecF)_mm512_permutexvar_epi16(order, halves);
+}
+// n words of two rows of a user's bfloat16, which begin at `first` and `second`; a negative one is all 0.
+static inline void load_paired(uint16_t* dst, const void* src, int64_t first, int64_t second, int64_t n) {
+  const uint16_t* const from = static_cast<const uint16_t*>(src);
+  for (int64_t k = 0; k < n; k += 16) {
+    const __mmask16 lanes = n - k < 16 ? __mmask16((1u << (n - k)) - 1) : __mmask16(-1);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + first + k));
+    __m512i high = _mm512_setzero_si512();
+    if (second >= 0) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from + second + k));
+    _mm512_mask_storeu_epi32(dst + 2 * k, lanes, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq
