@@ -337,11 +337,10 @@ class AttentionView {
   }
   // out[row][key] of m rows against vectors [v0, v1) of transposed keys, out with rows of kKeys.
   void products(LeftRows<P> a, int64_t row, int m, S* keys, int64_t width, int v0, int v1, S* out) const {
-    alignas(64) static const S zero[kMaxPanel * L] = {};
     for (int v = v0, next; v < v1; v = next) {
       next = int(min64(v1, (v / kMaxPanel + 1) * kMaxPanel));
       multiply(Tile<P>{m, next - v, a.base + row * a.pitch, a.pitch, P::per_word, panel(keys, v, width), kMaxPanel * L,
-                       words<P>(width), zero, 0, out + v * L, kKeys});
+                       words<P>(width), nullptr, 0, out + v * L, kKeys});
     }
   }
 

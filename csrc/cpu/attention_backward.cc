@@ -31,7 +31,7 @@ class AttentionBackward : AttentionScores<P> {
     typename Scores::Rows rows;
     RightRows<P> k, picked_k;
     S *k_rows, *picked_rows, *dk, *dv, *picked_dk, *picked_dv, *dq;
-    S *q_right, *do_right;
+    S *q_right, *do_right;  // all rows of a pair
     Value *ds_left, *ds_right, *pd_right;  // of pairs: rows of keys, and words of two rows for each key
     Bit* picked;
   };
@@ -56,6 +56,10 @@ class AttentionBackward : AttentionScores<P> {
         memset(dq_all + mine.begin, 0, sizeof(S) * size_t(mine.size()));
       }
       if (direct() && g.dq.data) clear_dq(thread, count);
+      if (tickets_)
+        for (int64_t n = 0; n < this->pairs(); ++n)
+          pack_rows(this->pair(n), split(subs(), thread, count), q_right_all + n * right_size(pitch()),
+                    do_right_all + n * right_size(v_pitch()));
       all.wait(count);
       const int64_t total_jobs = this->pairs() * (tickets_ ? blocks() : 1);
       for (int64_t j; (j = jobs.take()) < total_jobs;) {
@@ -65,6 +69,7 @@ class AttentionBackward : AttentionScores<P> {
           continue;
         }
         const Pair a = this->pair(j);
+        pack_rows(a, {0, subs()}, w.q_right, w.do_right);
         if (g.dq.data && !direct()) memset(w.dq, 0, sizeof(S) * size_t(a.rows() * pitch()));
         for (int64_t k = 0; k * kKeys < a.S; ++k) block(w, j, a, k);
         if (g.dq.data && !direct()) store_dq(a, w.dq, {0, a.rows()});
@@ -90,7 +95,7 @@ class AttentionBackward : AttentionScores<P> {
  private:
   static constexpr int kMaxThreads = 256;
   Work work[kMaxThreads];
-  S *dq_all, *slopes;
+  S *dq_all, *slopes, *q_right_all, *do_right_all;
   int32_t* passed;  // per pair and kSub rows: how many blocks of keys have added to their dq
   bool tickets_;
 
@@ -116,8 +121,8 @@ class AttentionBackward : AttentionScores<P> {
       w.dv = arena.take<S>(kKeys * v_pitch());
       w.picked_dk = arena.take<S>(picked * pitch());
       w.picked_dv = arena.take<S>(picked * v_pitch());
-      w.q_right = arena.take<S>(kSub * pitch());
-      w.do_right = arena.take<S>(kSub * v_pitch());
+      w.q_right = arena.take<S>(tickets_ || in_place(p.E) ? 0 : right_size(pitch()));
+      w.do_right = arena.take<S>(tickets_ || in_place(p.Ev) ? 0 : right_size(v_pitch()));
       const int64_t halves = P::per_word == 1 ? 0 : kSub * kKeys;
       w.ds_left = arena.take<Value>(halves);
       w.ds_right = arena.take<Value>(halves);
@@ -125,10 +130,29 @@ class AttentionBackward : AttentionScores<P> {
       w.picked = arena.take<Bit>(kKeys);
       w.dq = arena.take<S>(tickets_ || direct() || !g.dq.data ? 0 : rows() * pitch());
     }
+    q_right_all = arena.take<S>(tickets_ && !in_place(p.E) ? this->pairs() * right_size(pitch()) : 0);
+    do_right_all = arena.take<S>(tickets_ && !in_place(p.Ev) ? this->pairs() * right_size(v_pitch()) : 0);
     dq_all = arena.take<S>(tickets_ && !direct() && g.dq.data ? this->pairs() * rows() * pitch() : 0);
     slopes = arena.take<S>(g.dalibi ? this->pairs() * blocks() * this->groups() : 0);
     passed = arena.take<int32_t>(this->pairs() * subs());
     this->place_shared(arena);
+  }
+
+  // Rows as right operands for dk and dv, kSub at a time: packed once for all blocks of keys, unless they serve as they
+  // lie in memory.
+  bool in_place(int64_t width) const { return this->groups() == 1 && this->whole(width); }
+  int64_t right_size(int64_t pitch) const { return keys_wanted() ? subs() * words<P>(kSub) * pitch : 0; }
+  void pack_rows(const Pair& a, Range subs, S* q_right, S* do_right) const {
+    if (!keys_wanted()) return;
+    for (int64_t s = subs.begin; s < subs.end && s * kSub < a.rows(); ++s) {
+      const int64_t n = min64(kSub, a.rows() - s * kSub), at = s * words<P>(kSub);
+      if (!in_place(p.E)) this->right(p.q, a, s * kSub, n, p.E, q_right + at * pitch());
+      if (!in_place(p.Ev)) this->right(g.dout, a, s * kSub, n, p.Ev, do_right + at * v_pitch());
+    }
+  }
+  RightRows<P> packed_rows(const Heads& t, const Pair& a, int64_t r0, int64_t n, int64_t width, S* packed) const {
+    if (in_place(width)) return this->right(t, a, r0, n, width, nullptr);
+    return {packed + r0 / P::per_word * round_up(width, L), 0, words<P>(n)};
   }
 
   void clear_dq(int thread, int count) {
@@ -225,8 +249,11 @@ class AttentionBackward : AttentionScores<P> {
       right_pd = w.pd_right;
     }
     if (keys_wanted()) {
-      over_rows(spans, count, n, right_ds, this->right(p.q, a, r0, n, p.E, w.q_right), pitch(), dk);
-      over_rows(spans, count, n, right_pd, this->right(g.dout, a, r0, n, p.Ev, w.do_right), v_pitch(), dv);
+      const int64_t of = tickets_ ? index : 0;
+      S* const q_right = (tickets_ ? q_right_all : w.q_right) + (in_place(p.E) ? 0 : of * right_size(pitch()));
+      S* const do_right = (tickets_ ? do_right_all : w.do_right) + (in_place(p.Ev) ? 0 : of * right_size(v_pitch()));
+      over_rows(spans, count, n, right_ds, packed_rows(p.q, a, r0, n, p.E, q_right), pitch(), dk);
+      over_rows(spans, count, n, right_pd, packed_rows(g.dout, a, r0, n, p.Ev, do_right), v_pitch(), dv);
     }
     if (!g.dq.data) return;
     if (!mine) {

@@ -62,7 +62,7 @@ class AttentionPanels : public AttentionView<P> {
 
   void place_scratch(Arena& arena, Scratch& s) const {
     s.keys = arena.take<Value>(kKeys * View::left_pitch(p.E));
-    s.values = arena.take<Value>(kKeys * p.Ev);
+    s.values = arena.take<Value>(kKeys * value_pitch());
     s.scores = arena.take<S>(kKeys * kRows);
     s.bias = arena.take<S>(p.bias.data ? kKeys * kRows : 0);
     s.most = arena.take<S>(kRows);
@@ -101,32 +101,28 @@ class AttentionPanels : public AttentionView<P> {
     if (this->plain && this->factor < 0) negate(x);
   }
 
+  // Values are copied: a tile reads a column of them, and rows that lie a power of two apart share a few cache sets.
+  int64_t value_pitch() const { return round_up(p.Ev, L) + L; }
   Block load_block(const Scratch& s, const Pair& a, const KeyBlock<S>& k) const {
-    const bool there = !k.picked && this->stored();
     Block b{k, {}, nullptr, 0};
-    if (there && p.E % P::per_word == 0) {
+    if (!k.picked && this->stored() && p.E % P::per_word == 0) {
       b.keys = {static_cast<const Value*>(p.k.data) + View::key_at(p.k, a, k, 0), p.k.sn};
     } else {
       b.keys = {s.keys, View::left_pitch(p.E)};
       for (int n = 0; n < k.n; ++n)
         load_operand<P>(s.keys + n * b.keys.pitch, p.k.data, p.dtype, View::key_at(p.k, a, k, n), p.E);
     }
-    if (there && P::per_word == 1) {
-      b.values = static_cast<const Value*>(p.v.data) + View::key_at(p.v, a, k, 0);
-      b.step = p.v.sn;
-    } else {
-      b.values = s.values;
-      b.step = p.Ev * P::per_word;
-      for (int n = 0; n < k.n; n += P::per_word) {
-        Value* const to = s.values + n * p.Ev;
-        if constexpr (P::per_word == 1)
-          load_operand<P>(to, p.v.data, p.dtype, View::key_at(p.v, a, k, n), p.Ev);
+    b.values = s.values;
+    b.step = value_pitch() * P::per_word;
+    for (int n = 0; n < k.n; n += P::per_word) {
+      Value* const to = s.values + n * value_pitch();
+      if constexpr (P::per_word == 1)
+        load_operand<P>(to, p.v.data, p.dtype, View::key_at(p.v, a, k, n), p.Ev);
 #if FSQ_BF16_PAIRS
-        else
-          load_paired(to, p.v.data, View::key_at(p.v, a, k, n),
-                         n + 1 < k.n ? View::key_at(p.v, a, k, n + 1) : int64_t(-1), p.Ev);
+      else
+        load_paired(to, p.v.data, View::key_at(p.v, a, k, n),
+                    n + 1 < k.n ? View::key_at(p.v, a, k, n + 1) : int64_t(-1), p.Ev);
 #endif
-      }
     }
     return b;
   }

@@ -94,23 +94,26 @@ class AttentionScores : public AttentionView<P> {
     int found = 0;
     for_row_tiles(n, kMaxPanel, [&](int64_t t, int m) {
       const Query<S>* const q = rows.queries + t;
-      S *const x = rows.scores + t * kKeys, *const y = rows.values + t * kKeys;
       const Range seen{View::range(q[0], k).begin, View::range(q[m - 1], k).end};
       if (seen.begin >= seen.end || ((p.dense.data || p.bias.data) && this->empty(q, m, k, seen))) {
-        memset(x, 0, sizeof(S) * size_t(m * kKeys));
-        memset(y, 0, sizeof(S) * size_t(m * kKeys));
+        memset(rows.scores + t * kKeys, 0, sizeof(S) * size_t(m * kKeys));
+        memset(rows.values + t * kKeys, 0, sizeof(S) * size_t(m * kKeys));
         return;
       }
-      const Span s{int(t), m, int(seen.begin / L), int((seen.end + L - 1) / L), seen.end};
-      this->products(rows.q, t, m, keys.k, p.E, s.v0, s.v1, x);
-      this->products(rows.dout, t, m, keys.v, p.Ev, s.v0, s.v1, y);
-      for (int i = 0; i < m; ++i) {
-        const int64_t at = this->per_row(a, q[i]);
-        const S slope = row_gradients(a, q[i], k, s, x + i * kKeys, y + i * kKeys, at, raw);
-        if (slopes) slopes[q[i].h - a.h0] += slope;
-      }
-      spans[found++] = s;
+      spans[found++] = {int(t), m, int(seen.begin / L), int((seen.end + L - 1) / L), seen.end};
     });
+    // One operand after the other: both together do not fit the first-level cache.
+    for (const Span* s = spans; s != spans + found; ++s)
+      this->products(rows.q, s->row, s->m, keys.k, p.E, s->v0, s->v1, rows.scores + s->row * kKeys);
+    for (const Span* s = spans; s != spans + found; ++s)
+      this->products(rows.dout, s->row, s->m, keys.v, p.Ev, s->v0, s->v1, rows.values + s->row * kKeys);
+    for (const Span* s = spans; s != spans + found; ++s)
+      for (int i = s->row; i < s->row + s->m; ++i) {
+        const Query<S>& q = rows.queries[i];
+        const S slope = row_gradients(a, q, k, *s, rows.scores + i * kKeys, rows.values + i * kKeys,
+                                      this->per_row(a, q), raw);
+        if (slopes) slopes[q.h - a.h0] += slope;
+      }
     return found;
   }
 

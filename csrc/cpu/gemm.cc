@@ -40,35 +40,41 @@ FSQ_INLINE void add_chains(Vec<typename P::Sum> (&acc)[M][NV], const typename P:
   }
 }
 
+// What is not one chain: longer sums, and second ones.
 template <class P, int NV, int M>
-static void tile(const Tile<P>& t) {
+__attribute__((noinline)) static void long_tile(const Tile<P>& t) {
   Vec<typename P::Sum> acc[M][NV] = {};
-  if (!t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
+  if (t.in && !t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
   add_chains<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K, t.out, t.out_pitch);
-  if (t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
+  if (t.in && t.apart) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
   if (t.K2 > 0) add_chains<P, NV, M>(acc, t.a2, t.row2, P::per_word, t.b2, t.b2_pitch, t.K2, t.out, t.out_pitch);
   store_rows<P, NV, M>(acc, t.out, t.out_pitch);
 }
 
 template <class P, int NV, int M>
-static void tile_of_height(const Tile<P>& t) {
-  if (t.m == M) return tile<P, NV, M>(t);
-  if constexpr (M > 1) tile_of_height<P, NV, M - 1>(t);
+static void tile(const Tile<P>& t) {
+  if (t.K > kChain || t.K2 > 0 || t.apart) return long_tile<P, NV, M>(t);
+  Vec<typename P::Sum> acc[M][NV] = {};
+  if (t.in) add_rows<P, NV, M>(acc, t.in, t.in_pitch);
+  accumulate<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.b_pitch, t.K);
+  store_rows<P, NV, M>(acc, t.out, t.out_pitch);
 }
 
+// The code for a tile by its width and height, found in one jump: short sums feel how they begin.
+template <class P, int NV, int M>
+constexpr void (*tile_code())(const Tile<P>&) {
+  return tile<P, NV, M <= tile_rows(NV) ? M : 1>;
+}
+#define FSQ_HEIGHTS(P, NV)                                                                  \
+  {tile_code<P, NV, 1>(), tile_code<P, NV, 2>(), tile_code<P, NV, 3>(), tile_code<P, NV, 4>(), \
+   tile_code<P, NV, 5>(), tile_code<P, NV, 6>(), tile_code<P, NV, 7>(), tile_code<P, NV, 8>()}
 template <class P>
 void multiply(const Tile<P>& t) {
-  switch (t.nv) {
-    case 1:
-      return tile_of_height<P, 1, tile_rows(1)>(t);
-    case 2:
-      return tile_of_height<P, 2, tile_rows(2)>(t);
-    case 3:
-      return tile_of_height<P, 3, tile_rows(3)>(t);
-    default:
-      return tile_of_height<P, 4, tile_rows(4)>(t);
-  }
+  static constexpr void (*codes[kMaxPanel][kMaxTile])(const Tile<P>&) = {FSQ_HEIGHTS(P, 1), FSQ_HEIGHTS(P, 2),
+                                                                         FSQ_HEIGHTS(P, 3), FSQ_HEIGHTS(P, 4)};
+  codes[t.nv - 1][t.m - 1](t);
 }
+#undef FSQ_HEIGHTS
 
 template <class P>
 void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64_t K, const typename P::Sum* b,
