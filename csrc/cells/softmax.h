@@ -1,4 +1,4 @@
-// 2^x, which softmax is made of (logits are scaled by log2(e) beforehand), and the logarithm of its sum.
+// 2^x, which softmax is made of, and the logarithm of its sum.
 //
 // 2^x = 2^n 2^r with n = round(x) and r = x - n, exact; 2^r = 1 + r q(r). q: minimax fit of degree 5 for float, Taylor
 // of degree 12 for double. Within 1.5 ulp, 0 below the smallest subnormal, NaN passes through. x must not be above the
@@ -40,6 +40,13 @@ FSQ_INLINE V exp2(V x) {
 #pragma GCC unroll 12
   for (int i = K::kDegree - 1; i >= 0; --i) q = fma(q, r, Num<V>::c(K::q[i]));
   return scale2(fma(q, r, Num<V>::c(S(1))), n);
+}
+
+// e^x of x <= 0: the weight of a logit that lies x from the largest.
+template <class V>
+FSQ_INLINE V weight_of(V x) {
+  typedef Num<V> N;
+  return exp2(x * N::c(Exp2Const<typename N::Scalar>::log2e));
 }
 
 // ln x of x = 2^e m, m within [1/sqrt 2, sqrt 2], which the caller takes apart: e ln 2 + 2 artanh f, f = (m - 1) / (m + 1),

@@ -61,9 +61,9 @@ FSQ_INLINE typename Num<V>::Scalar total(V a) {
   return sum;
 }
 
-// ln of the sum of a row's exponentials, each 2^(logit - top); rounded once.
+// ln of the sum of a row's exponentials, each e^(logit - top); rounded once.
 FSQ_INLINE VecD log_sum(VecD top, VecD sum) {
-  for (int i = 0; i < kLanes<double>; ++i) sum[i] = top[i] * Exp2Const<double>::ln2 + log(sum[i]);
+  for (int i = 0; i < kLanes<double>; ++i) sum[i] = top[i] + log(sum[i]);
   return sum;
 }
 FSQ_INLINE VecF log_sum(VecF top, VecF sum) {
@@ -77,7 +77,7 @@ FSQ_INLINE VecF log_sum(VecF top, VecF sum) {
     const VecL high = (VecD)fraction > 1.4142135623730951;
     const VecD m = high ? (VecD)fraction * 0.5 : (VecD)fraction;
     const VecD log = log_of_parts(__builtin_convertvector((bits >> 52) - 1023 - high, VecD), m);
-    const VecD y = fma(__builtin_convertvector(tops[i], VecD), splat(Exp2Const<double>::ln2), log);
+    const VecD y = __builtin_convertvector(tops[i], VecD) + log;
     out[i] = __builtin_convertvector(x - x == 0 ? y : x, Half);  // what is not finite comes through
   }
   memcpy(&sum, out, sizeof sum);
@@ -89,6 +89,19 @@ template <class S>
 struct Finish {
   Vec<S> factor, lse;
 };
+
+// x, rounded as it is when stored: what is added to it must not fuse with the product that it is.
+template <class V>
+FSQ_INLINE V rounded(V x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__SSE2__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
 
 // v where the bit of its lane is set, else 0.
 template <class S>
@@ -137,16 +150,12 @@ class AttentionView {
 
   explicit AttentionView(const AttentionParams& p)
       : p(p),
-        plain(p.softcap == 0 && !p.bias.data && !p.dense.data && !p.alibi_slopes && p.scale != 0),
-        picks(p.global_keys && (p.left >= 0 || (p.right >= 0 && !p.causal))),
-        factor(S(p.scale) * Exp2Const<S>::log2e),
-        hidden_score(p.scale < 0 ? S(__builtin_inf()) : S(-__builtin_inf())) {}
+        plain(p.softcap == 0 && !p.bias.data && !p.dense.data && !p.alibi_slopes),
+        picks(p.global_keys && (p.left >= 0 || (p.right >= 0 && !p.causal))) {}
 
   const AttentionParams& p;
   const bool plain;  // a logit is no more than a scaled product
   const bool picks;  // there may be keys to see beyond the window
-  const S factor;    // from a product to a logit to base 2
-  const S hidden_score;
 
   int64_t groups() const { return p.Hkv ? p.Hq / p.Hkv : 0; }
   int64_t sequences() const { return p.cu_q ? p.N : p.B; }
@@ -244,9 +253,9 @@ class AttentionView {
     return __builtin_convertvector(d < 0 ? -d : d, V);
   }
 
-  // The logit to base 2 of vector v from its products x, -inf where hidden; `slope` becomes that of the softcap.
+  // The logit of vector v from its products x, -inf where hidden; `slope` becomes that of the softcap.
   V logit(const Query<S>& q, const KeyBlock<S>& k, int v, V x, V& slope) const {
-    V s = x * splat(S(p.scale));
+    V s = rounded(x * splat(S(p.scale)));
     if (p.softcap != 0) {
       const V t = FSQ_ISA::tanh(s * splat(S(1 / p.softcap)));
       s = t * splat(S(p.softcap));
@@ -257,7 +266,7 @@ class AttentionView {
     if (p.alibi_slopes) s = fma(-splat(q.slope), distance(q, k, v), s);
     B off = hidden(q, k, v);
     if (q.dense) off = off | ~allowed(q, k, v, n);
-    return off ? splat(S(-__builtin_inf())) : s * splat(Exp2Const<S>::log2e);
+    return off ? splat(S(-__builtin_inf())) : s;
   }
 
   S sink(const Query<S>& q) const { return p.sinks ? static_cast<const S*>(p.sinks)[q.h] : S(0); }
@@ -267,10 +276,9 @@ class AttentionView {
     const V low = splat(S(-__builtin_inf())), one = splat(S(1)), zero{};
     V factor = one;
     if (p.sinks) {
-      sink = sink * splat(Exp2Const<S>::log2e);
       const V now = top > sink ? top : sink;
-      factor = top == low ? zero : exp2(top - now);
-      sum = fma(sum, factor, now == low ? zero : exp2(sink - now));
+      factor = top == low ? zero : weight_of(top - now);
+      sum = fma(sum, factor, now == low ? zero : weight_of(sink - now));
       top = now;
     }
     const B nothing = sum == zero;

@@ -143,7 +143,7 @@ class AttentionDecode : AttentionView<P> {
   // the row alone, however wide the tile around it.
   void soften(const Pair& a, const Query<S>& q, const KeyBlock<S>& k, const Span& s, S* x, S& top, S* sums,
               S* out) const {
-    const V c = splat(this->factor);
+    const V scale = splat(S(p.scale));
     V most = splat(-kInf), slope{};
     if (!this->plain) {
       for (int v = s.v0; v < s.v1; ++v) {
@@ -153,26 +153,24 @@ class AttentionDecode : AttentionView<P> {
       }
     } else {
       const Range seen = View::range(q, k);
-      if (seen.begin > s.v0 * L || seen.end < s.v1 * L)
-        for (int v = s.v0; v < s.v1; ++v)
-          store(x + v * L, View::hidden(q, k, v) ? splat(this->hidden_score) : load(x + v * L));
-      if (s.v0 == 0 && s.v1 == kVecs)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) most = larger(load(x + v * L) * c, most);
-      else
-        for (int v = s.v0; v < s.v1; ++v) most = larger(load(x + v * L) * c, most);
+      const bool edge = seen.begin > s.v0 * L || seen.end < s.v1 * L;
+      for (int v = s.v0; v < s.v1; ++v) {
+        V t = load(x + v * L) * scale;
+        if (edge) t = View::hidden(q, k, v) ? splat(-kInf) : t;
+        store(x + v * L, t);
+        most = larger(t, most);
+      }
     }
     const S now = largest(most);
     if (now > top) {
-      if (top != -kInf) rescale(exp2(splat(top - now)), sums, out);
+      if (top != -kInf) rescale(weight_of(splat(top - now)), sums, out);
       top = now;
     }
-    const V base = splat(top == -kInf ? S(0) : -top);
-    const V scale = this->plain ? c : splat(S(1));
+    const V base = splat(top == -kInf ? S(0) : top);
     uint64_t kept_bits = p.dropout ? this->keeps(a, q, k) >> (s.v0 * L) : 0;
     V sum = load(sums);
     const auto weight = [&](int v) __attribute__((always_inline)) {
-      V e = exp2(fma(load(x + v * L), scale, base));
+      V e = weight_of(load(x + v * L) - base);
       sum = sum + e;
       if (p.dropout) {
         e = kept<S>(e, kept_bits);
@@ -211,8 +209,8 @@ class AttentionDecode : AttentionView<P> {
         const int64_t at = (index * parts() + k) * rows + r;
         const S now = part_top[at] > top ? part_top[at] : top;
         // A part of NaN has no maximum, and its sums must come through.
-        const V mine = exp2(splat(now == -kInf ? S(0) : top - now));
-        const V its = exp2(splat(now == -kInf ? S(0) : part_top[at] - now));
+        const V mine = weight_of(splat(now == -kInf ? S(0) : top - now));
+        const V its = weight_of(splat(now == -kInf ? S(0) : part_top[at] - now));
         sum = sum * mine[0] + part_sum[at] * its[0];
         for (int64_t e = 0; e < pitch(); e += L)
           store(out + e, fma(load(part_out + at * pitch() + e), its, load(out + e) * mine));

@@ -57,8 +57,7 @@ class AttentionPanels : public AttentionView<P> {
     Bit* picked;
   };
 
-  explicit AttentionPanels(const AttentionParams& p)
-      : View(p), c_(splat(this->factor < 0 ? -this->factor : this->factor)) {}
+  explicit AttentionPanels(const AttentionParams& p) : View(p) {}
 
   void place_scratch(Arena& arena, Scratch& s) const {
     s.keys = arena.take<Value>(kKeys * View::left_pitch(p.E));
@@ -97,8 +96,6 @@ class AttentionPanels : public AttentionView<P> {
       for (int64_t i = 0; i < count; ++i) at[i] = this->row_at(p.q, a, r0 + v * L + i);
       pack_transposed<P>(x.q + v * L, kRows, p.q.data, p.dtype, at, count, p.E);
     }
-    // The largest product is to be the largest logit.
-    if (this->plain && this->factor < 0) negate(x);
   }
 
   // Values are copied: a tile reads a column of them, and rows that lie a power of two apart share a few cache sets.
@@ -177,18 +174,6 @@ class AttentionPanels : public AttentionView<P> {
   }
 
  private:
-  const V c_;  // from a product to its logit to base 2, not negative
-
-  void negate(Panel& x) const {
-    typedef typename VecOf<S>::bits Bits;
-    const Bits sign = P::per_word == 1 ? sign_bits<S>() : Bits{} + Bit(0x80008000);
-    for (int64_t k = 0; k < words<P>(p.E); ++k)
-      for (int v = 0; v < x.vectors; ++v) {
-        S* const at = x.q + k * kRows + v * L;
-        store(at, (V)((Bits)load(at) ^ sign));
-      }
-  }
-
   void products(const Scratch& w, const Panel& x, const Block& b, const Seen& s) const {
     for_row_tiles(s.last - s.first, x.vectors, [&](int64_t t, int m) {
       const int key = s.first + int(t);
@@ -200,7 +185,7 @@ class AttentionPanels : public AttentionView<P> {
       }
       product_of<P>(v1 - v0, m)(PanelTile<P>{b.keys.base + key * b.keys.pitch, b.keys.pitch, x.q + v0 * L,
                                              words<P>(p.E), w.scores + key * kRows + v0 * L, w.most + v0 * L,
-                                             Start::zero});
+                                             S(p.scale), Start::zero});
     });
   }
 
@@ -228,12 +213,11 @@ class AttentionPanels : public AttentionView<P> {
     }
   }
 
-  // Logits to base 2, for the calls in which they are more than scaled products.
+  // Logits, for the calls in which they are more than scaled products.
   void logits(const Scratch& w, const Panel& x, const Pair& a, const KeyBlock<S>& k, const Seen& s) const {
     if (p.dense.data)
       for (int r = 0; r < x.n; ++r) w.allowed[r] = this->allowed_keys(x.rows[r], k);
     if (p.bias.data) load_bias(w, x, k);
-    const V scale = splat(S(p.scale)), log2e = splat(Exp2Const<S>::log2e);
     for (int v = 0; v < x.vectors; ++v) {
       V most = splat(-kInf);
       B diagonal;
@@ -241,7 +225,7 @@ class AttentionPanels : public AttentionView<P> {
       const V slope = load(x.slope + v * L);
       for (int key = s.from[v]; key < s.to[v]; ++key) {
         S* const at = w.scores + key * kRows + v * L;
-        V t = load(at) * scale;
+        V t = load(at);
         if (p.softcap != 0) t = FSQ_ISA::tanh(t * splat(S(1 / p.softcap))) * splat(S(p.softcap));
         if (p.bias.data) t = t + load(w.bias + key * kRows + v * L);
         if (p.alibi_slopes) {
@@ -251,7 +235,7 @@ class AttentionPanels : public AttentionView<P> {
         B off{};
         if (!s.full) off = hidden(x, k, key, v);
         if (p.dense.data) off = off | ~bit_of(w.allowed + v * L, key);
-        t = off ? splat(-kInf) : t * log2e;
+        t = off ? splat(-kInf) : t;
         store(at, t);
         most = larger(t, most);
       }
@@ -289,10 +273,10 @@ class AttentionPanels : public AttentionView<P> {
     bool moved = false;
     for (int v = 0; v < x.vectors; ++v) {
       const V before = load(x.top + v * L), most = load(w.most + v * L);
-      const V now = larger(this->plain ? most * c_ : most, before);
+      const V now = larger(most, before);
       const B more = now > before;
       // Where nothing was seen before, nothing is there to shrink.
-      const V by = more & (before == -kInf) ? V{} : more ? exp2(before - now) : splat(S(1));
+      const V by = more & (before == -kInf) ? V{} : more ? weight_of(before - now) : splat(S(1));
       store(w.scale + v * L, by);
       if (!any(more)) continue;
       moved = true;
@@ -328,16 +312,15 @@ class AttentionPanels : public AttentionView<P> {
   // first one's logit.
   template <int NV>
   void weights(const Scratch& w, Panel& x, const KeyBlock<S>& k, int v0, int from, int to) const {
-    const V scale = this->plain ? c_ : splat(S(1));
     V base[NV], sum[NV];
     for (int v = 0; v < NV; ++v) {
       const V top = load(x.top + (v0 + v) * L);
-      base[v] = top == -kInf ? V{} : -top;
+      base[v] = top == -kInf ? V{} : top;
       sum[v] = load(x.sums + (v0 + v) * L);
     }
     S* const at = w.scores + v0 * L;
     const auto weight = [&](int key, int v) __attribute__((always_inline)) {
-      const V e = exp2(fma(load(at + key * kRows + v * L), scale, base[v]));
+      const V e = weight_of(load(at + key * kRows + v * L) - base[v]);
       sum[v] = sum[v] + e;
       return p.dropout ? (bit_of(w.kept + (v0 + v) * L, key) ? e : V{}) : e;
     };
@@ -368,7 +351,7 @@ class AttentionPanels : public AttentionView<P> {
     for_row_tiles(p.Ev, v1 - v0, [&](int64_t e, int m) {
       sum_of<P>(v1 - v0, m)(PanelTile<P>{b.values + word * b.step + e * P::per_word, b.step,
                                          w.scores + word * kRows + v0 * L, words<P>(to - from),
-                                         x.out + e * kRows + v0 * L, w.scale + v0 * L, start});
+                                         x.out + e * kRows + v0 * L, w.scale + v0 * L, S(1), start});
     });
   }
 

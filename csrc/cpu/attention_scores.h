@@ -54,7 +54,6 @@ class AttentionScores : public AttentionView<P> {
   void place_shared(Arena& arena) {
     delta_ = arena.take<S>(p.B * p.Hq * p.L);
     lse_ = arena.take<S>(p.B * p.Hq * p.L);
-    lse_rest_ = arena.take<S>(p.B * p.Hq * p.L);
   }
   void pack_keys(const Keys& to, const Pair& a, const KeyBlock<S>& k) const {
     this->transposed(p.k, a, k, p.E, to.k);
@@ -66,8 +65,7 @@ class AttentionScores : public AttentionView<P> {
     to.dout = this->left(g.dout, a, r0, n, p.Ev, to.do_scratch);
   }
 
-  // D of every row, and lse to base 2 in two pieces, so that it is rounded once, by whoever stored it. +inf where there
-  // is nothing to see makes every probability 0.
+  // D of every row, and its lse: +inf where there is nothing to see makes every probability 0.
   void prepare(int thread, int count) {
     const Range mine = split(p.B * p.Hq * p.L, thread, count);
     const S* const lse = static_cast<const S*>(p.lse);
@@ -81,9 +79,7 @@ class AttentionScores : public AttentionView<P> {
                   sum);
       const bool nothing = lse[n] == -kInf;
       delta_[n] = nothing ? S(0) : total(sum) - (g.dlse ? static_cast<const S*>(g.dlse)[n] : S(0));
-      const double exact = double(lse[n]) * Exp2Const<double>::log2e;
-      lse_[n] = nothing ? kInf : S(exact);
-      lse_rest_[n] = nothing || exact - exact != 0 ? S(0) : S(exact - double(lse_[n]));
+      lse_[n] = nothing ? kInf : lse[n];
     }
   }
 
@@ -150,20 +146,20 @@ class AttentionScores : public AttentionView<P> {
 
   // Of a head's sink: -sum P_sink D.
   S sink_gradient(int64_t h) const {
-    const V sink = splat(static_cast<const S*>(p.sinks)[h] * Exp2Const<S>::log2e);
+    const V sink = splat(static_cast<const S*>(p.sinks)[h]);
     V sum{};
     for (int64_t b = 0; b < p.B; ++b)
       for (int64_t i = 0; i < p.L; i += L) {
         const int64_t at = (b * p.Hq + h) * p.L + i, n = p.L - i;
         V lse = load_n(lse_ + at, n);
         for (int64_t lane = n; lane < L; ++lane) lse[lane] = kInf;
-        sum = fma(-exp2(sink - lse), load_n(delta_ + at, n), sum);
+        sum = fma(-weight_of(sink - lse), load_n(delta_ + at, n), sum);
       }
     return total(sum);
   }
 
  private:
-  S *delta_, *lse_, *lse_rest_;
+  S *delta_, *lse_;
 
   int64_t bias_subs() const { return (p.L + kSub - 1) / kSub; }
   int64_t bias_blocks() const { return (p.S + kKeys - 1) / kKeys; }
@@ -203,8 +199,7 @@ class AttentionScores : public AttentionView<P> {
     const bool plain = this->plain;
     const Range seen = View::range(q, k);
     const bool edge = plain && (k.picked || seen.begin > s.v0 * L || seen.end < s.v1 * L);
-    const V c = splat(plain ? this->factor : S(1)), minus_lse = splat(-lse_[at]), D = splat(delta_[at]), zero{};
-    const V rest = splat(lse_rest_[at]);
+    const V scale = splat(S(p.scale)), lse = splat(lse_[at]), D = splat(delta_[at]), zero{};
     const V after = splat(raw ? S(1) : S(p.scale)), keep_scale = splat(S(p.keep_scale));
     uint64_t bits = p.dropout ? this->keeps(a, q, k) >> (s.v0 * L) : 0;
     V slope_sum{};
@@ -217,8 +212,10 @@ class AttentionScores : public AttentionView<P> {
       if (!plain)
         t = this->logit(q, k, v, t, slope);
       else if (edge)
-        t = View::hidden(q, k, v) ? splat(this->hidden_score) : t;
-      V prob = exp2(fma(t, c, minus_lse) - rest), dp = load(y + v * L), made = prob;
+        t = View::hidden(q, k, v) ? splat(-kInf) : rounded(t * scale);
+      else
+        t = rounded(t * scale);
+      V prob = weight_of(t - lse), dp = load(y + v * L), made = prob;
       if (p.dropout) {
         dp = kept<S>(dp * keep_scale, bits);
         made = kept<S>(prob * keep_scale, bits);

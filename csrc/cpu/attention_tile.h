@@ -25,8 +25,8 @@ FSQ_INLINE V larger(V a, V b) {
 
 enum class Start { zero, there, scaled };
 
-// Products: out[r][row] = sum_k a[r * pitch + k] b[k][row] and top = max(top, out), rows of b and out kPanelRows apart.
-// Sums: out[r][row] (+)= sum_k a[r + k * pitch] b[k][row], after what `start` says of out; top is the factor then.
+// Products: out[r][row] = scale sum_k a[r * pitch + k] b[k][row] and top = max(top, out), rows of b and out kPanelRows
+// apart. Sums: out[r][row] (+)= sum_k a[r + k * pitch] b[k][row], after what `start` says of out; top is the factor.
 template <class P>
 struct PanelTile {
   typedef typename P::Sum S;
@@ -35,7 +35,7 @@ struct PanelTile {
   const S* b;
   int64_t K;  // words
   S* out;
-  S* top;
+  S *top, scale;
   Start start;
 };
 
@@ -45,13 +45,15 @@ static void product_tile(const PanelTile<P>& t) {
   constexpr int L = kLanes<S>, kRows = kPanelRows<S>;
   Vec<S> acc[M][NV] = {};
   accumulate<P, NV, M>(acc, t.a, t.pitch, P::per_word, t.b, kRows, t.K);
+  const Vec<S> scale = splat(t.scale);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     Vec<S> top = load(t.top + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
-      store(t.out + r * kRows + v * L, acc[r][v]);
-      top = larger(acc[r][v], top);  // NaN does not count
+      const Vec<S> x = acc[r][v] * scale;
+      store(t.out + r * kRows + v * L, x);
+      top = larger(x, top);  // NaN does not count
     }
     store(t.top + v * L, top);
   }
