@@ -31,7 +31,7 @@ class ChunkGrads {
   void place(Arena& arena, int g) {
     const int64_t rows = words<P>(chunk_rows());
     Work& w = work[g];
-    w.w_ih = arena.take<S>(p.dx.data ? words<P>(G * f.H) * padded(f.I) : 0);
+    w.w_ih = arena.take<S>(p.dx.data ? column_space<P>(f, G * f.H, f.I) : 0);
     w.dx = arena.take<S>(p.dx.data ? chunk_rows() * padded(f.I) : 0);
     w.left = arena.take<S>(wanted() ? rows * (kColumns * f.H + 2 * kGroup * f.threads) : 0);
     w.left_hr = arena.take<S>(wanted() && projected() ? rows * (f.R + 2 * kGroup * f.threads) : 0);
