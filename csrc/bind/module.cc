@@ -80,7 +80,6 @@ class Panels {
     scan_sizes(p_, sizes);
     weights<const void>(w, p_.w_ih, p_.w_hh, p_.b_ih, p_.b_hh, p_.w_hr);
     bytes = table_->pack(p_, nullptr);
-    if (bytes == 0) return;
     void* into[kMaxDirections] = {};
     for (int64_t d = 0; d < p_.D; ++d) {
       into[d] = memory_[d] = allocate_scratch(bytes);
@@ -101,7 +100,7 @@ class Panels {
     for (int64_t d = 0; d < p.D && table_ == active; ++d) p.packed[d] = memory_[d];
   }
 
-  int64_t bytes;  // of one direction; 0: this cell is packed on every call
+  int64_t bytes;  // of one direction
 
  private:
   const CpuTable* const table_;

@@ -159,15 +159,14 @@ def scan_forward(
 def pack(cell: str, weights: Sequence[Tensor], bidirectional: bool) -> Any:
     """The weights of one layer as forward scans read them, for `scan_forward` as long as they are what they were.
 
-    None where the core packs on every call: weights that are not dense, RNNs, projections.
+    None where the core packs on every call: weights that are not dense.
     """
     if any(not w.is_contiguous() for w in weights):
         return None
     directions = 2 if bidirectional else 1
     (gh, inputs), state = weights[0].shape, weights[1].shape[1]
     sizes = (2, 1, inputs, gh // _GATES[cell], state, directions)
-    panels = _core.Panels(_CELLS[cell], _DTYPES[weights[0].dtype], _threads(), sizes, _weights(weights, directions))
-    return panels if panels.bytes else None
+    return _core.Panels(_CELLS[cell], _DTYPES[weights[0].dtype], _threads(), sizes, _weights(weights, directions))
 
 
 def cell_forward(
