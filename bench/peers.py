@@ -45,8 +45,8 @@ def padded(work: Work) -> Runner | Refusal:
 def frozen(work: Work) -> Runner | Refusal:
     """Ours with weights packed once, as inference engines keep them."""
     case = work.case
-    if case.mode != "inference" or case.cell or case.T == 1 or case.proj or case.family == "RNN":
-        return Refusal("only the inference of LSTM (without projection) and GRU packs weights that can be kept")
+    if case.mode != "inference" or case.cell or case.T == 1:
+        return Refusal("only inference over several steps packs weights that can be kept")
     module = work.same_weights(getattr(fusedseq, case.family)(case.I, case.H, **options(case)))
     return drive(work, fusedseq.freeze(module))
 

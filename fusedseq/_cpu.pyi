@@ -1,5 +1,6 @@
 """The compiled core. csrc/fusedseq.h states what each argument means; fusedseq.backends.cpu is its only caller."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -100,7 +101,16 @@ def attention_backward(
 
 class Step:
     def __init__(
-        self, cell: int, dtype: int, sizes: _Sizes, x_stride: int, layers: int, bias: bool, projection: bool, /
+        self,
+        local: object,
+        cell: int,
+        dtype: int,
+        sizes: _Sizes,
+        x_stride: int,
+        layers: int,
+        bias: bool,
+        projection: bool,
+        /,
     ) -> None: ...
     def __call__(
         self,
@@ -111,7 +121,25 @@ class Step:
         y: Tensor,
         h_n: Tensor,
         c_n: Tensor | None,
-        weights: list[Tensor],
+        weights: Sequence[Tensor],
+        reserve: Tensor | None,
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        threads: int,
+        dh: Tensor | None,
+        dc: Tensor | None,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        h_n: Tensor,
+        reserve: Tensor | None,
+        weights: Sequence[Tensor],
+        dx: Tensor | None,
+        dh0: Tensor,
+        dc0: Tensor | None,
+        dweights: Sequence[Tensor],
         /,
     ) -> None: ...
 

@@ -291,12 +291,13 @@ def test_without_the_guard_every_call_takes_the_long_way(monkeypatch):
 
 def test_a_refused_step_names_the_argument():
     from fusedseq import _cpu
+    from fusedseq.backends import cpu
 
     with pytest.raises(ValueError, match="T = 1"):
-        _cpu.Step(0, 0, (2, 1, 3, 4, 4, 1), 3, 1, True, False)
-    step = _cpu.Step(0, 0, (1, 1, 3, 4, 4, 1), 3, 1, True, False)
+        _cpu.Step(cpu._local, 0, 0, (2, 1, 3, 4, 4, 1), 3, 1, True, False)
+    step = _cpu.Step(cpu._local, 0, 0, (1, 1, 3, 4, 4, 1), 3, 1, True, False)
     t = torch.zeros(4)
     with pytest.raises(TypeError, match="list of 4 tensors"):
-        step(1, t, t, t, t, t, t, [t, t])
+        step(1, t, t, t, t, t, t, [t, t], None)
     with pytest.raises(AttributeError, match="data_ptr"):
-        step(1, 5, t, t, t, t, t, [t, t, t, t])
+        step(1, 5, t, t, t, t, t, [t, t, t, t], None)

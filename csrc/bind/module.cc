@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind/attention.h"
+#include "bind/scratch.h"
 #include "bind/step.h"
 #include "fusedseq.h"
 #include "memory.h"
@@ -69,23 +70,6 @@ void weights(const py::tuple& all, T* (&w_ih)[2], T* (&w_hh)[2], T* (&b_ih)[2], 
   }
 }
 
-// Scratch that one caller keeps from call to call: as much as its largest call needed, up to a limit.
-class KeptScratch : public Scratch {
- public:
-  explicit KeptScratch(int64_t limit) : Scratch{nullptr, 0, 0}, limit_(limit) {}
-  KeptScratch(const KeptScratch&) = delete;
-  ~KeptScratch() { free(data); }
-  void grow() {
-    if (needed <= bytes || needed > limit_) return;
-    free(data);
-    data = allocate_scratch(needed);
-    bytes = data ? needed : 0;
-  }
-
- private:
-  const int64_t limit_;
-};
-
 // A layer's weights as forward reads them, kept from call to call.
 class Panels {
  public:
@@ -96,7 +80,6 @@ class Panels {
     scan_sizes(p_, sizes);
     weights<const void>(w, p_.w_ih, p_.w_hh, p_.b_ih, p_.b_hh, p_.w_hr);
     bytes = table_->pack(p_, nullptr);
-    if (bytes == 0) return;
     void* into[kMaxDirections] = {};
     for (int64_t d = 0; d < p_.D; ++d) {
       into[d] = memory_[d] = allocate_scratch(bytes);
@@ -117,7 +100,7 @@ class Panels {
     for (int64_t d = 0; d < p.D && table_ == active; ++d) p.packed[d] = memory_[d];
   }
 
-  int64_t bytes;  // of one direction; 0: this cell is packed on every call
+  int64_t bytes;  // of one direction
 
  private:
   const CpuTable* const table_;
@@ -148,7 +131,6 @@ ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, c
   p.h_n = pointer(h_n);
   p.c_n = pointer(c_n);
   p.reserve = pointer(reserve);
-  p.recompute = recompute;
   p.recompute = recompute;
   return p;
 }
@@ -228,10 +210,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled; called with tensors.")
-      .def(py::init<int, int, const py::tuple&, int64_t, int, bool, bool>())
-      .def("__call__", [](const Step& step, int threads, const py::handle& x, const py::handle& h0,
-                          const py::handle& c0, const py::handle& y, const py::handle& h_n, const py::handle& c_n,
-                          const py::handle& weights) { step.run(*active, threads, x, h0, c0, y, h_n, c_n, weights); });
+      .def(py::init<const py::object&, int, int, const py::tuple&, int64_t, int, bool, bool>())
+      .def("__call__",
+           [](const Step& step, int threads, const py::handle& x, const py::handle& h0, const py::handle& c0,
+              const py::handle& y, const py::handle& h_n, const py::handle& c_n, const py::handle& weights,
+              const py::handle& reserve) { step.run(*active, threads, x, h0, c0, y, h_n, c_n, weights, reserve); })
+      .def("backward", [](const Step& step, int threads, const py::handle& dh, const py::handle& dc,
+                          const py::handle& x, const py::handle& h0, const py::handle& c0, const py::handle& h_n,
+                          const py::handle& reserve, const py::handle& weights, const py::handle& dx,
+                          const py::handle& dh0, const py::handle& dc0, const py::handle& dweights) {
+        step.backward(*active, threads, dh, dc, x, h0, c0, h_n, reserve, weights, dx, dh0, dc0, dweights);
+      });
   bind_attention(m);
   m.def("apply_math", &apply_math);
   m.def("multiply_adds", &multiply_adds);

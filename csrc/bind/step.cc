@@ -1,10 +1,13 @@
-// One step of a stack of layers, for streams: sizes are settled once, a call brings nothing but tensors.
+// One step of a stack of layers, for calls that repeat: sizes are settled once, a call brings nothing but tensors.
 #include "bind/step.h"
 
 #include <stdlib.h>
 
 #include <new>
 #include <stdexcept>
+#include <string>
+
+#include "bind/scratch.h"
 
 namespace py = pybind11;
 
@@ -23,6 +26,33 @@ char* address(PyObject* tensor) {
 }
 char* address(const py::handle& x) { return x.is_none() ? nullptr : address(x.ptr()); }
 
+// The tensors of a list or a tuple, one after the other.
+class Tensors {
+ public:
+  Tensors(const py::handle& all, int64_t count, const char* name) {
+    if (!(PyList_Check(all.ptr()) || PyTuple_Check(all.ptr())) || PySequence_Fast_GET_SIZE(all.ptr()) != count)
+      throw py::type_error(std::string(name) + ": expected a list of " + std::to_string(count) + " tensors");
+    at_ = PySequence_Fast_ITEMS(all.ptr());
+  }
+  char* next() { return address(*at_++); }
+
+ private:
+  PyObject** at_;
+};
+
+// Per direction w_ih, w_hh, (b_ih, b_hh), (w_hr).
+template <class T>
+void take(Tensors& all, int64_t directions, bool bias, bool projection, T* (&w_ih)[2], T* (&w_hh)[2], T* (&b_ih)[2],
+          T* (&b_hh)[2], T* (&w_hr)[2]) {
+  for (int64_t d = 0; d < directions; ++d) {
+    w_ih[d] = all.next();
+    w_hh[d] = all.next();
+    b_ih[d] = bias ? all.next() : nullptr;
+    b_hh[d] = bias ? all.next() : nullptr;
+    w_hr[d] = projection ? all.next() : nullptr;
+  }
+}
+
 struct Buffer {
   explicit Buffer(size_t bytes) : data(bytes ? static_cast<char*>(malloc(bytes)) : nullptr) {
     if (bytes && !data) throw std::bad_alloc();
@@ -34,8 +64,9 @@ struct Buffer {
 
 }  // namespace
 
-Step::Step(int cell, int dtype, const py::tuple& sizes, int64_t x_stride, int layers, bool bias, bool projection)
-    : layers_(layers), bias_(bias), projection_(projection), x_stride_(x_stride) {
+Step::Step(const py::object& local, int cell, int dtype, const py::tuple& sizes, int64_t x_stride, int layers,
+           bool bias, bool projection)
+    : local_(local), layers_(layers), bias_(bias), projection_(projection), x_stride_(x_stride) {
   p_.cell = Cell(cell);
   p_.dtype = DType(dtype);
   int64_t* const into[] = {&p_.T, &p_.B, &p_.I, &p_.H, &p_.R, &p_.D};
@@ -45,10 +76,9 @@ Step::Step(int cell, int dtype, const py::tuple& sizes, int64_t x_stride, int la
 }
 
 void Step::run(const CpuTable& table, int threads, const py::handle& x, const py::handle& h0, const py::handle& c0,
-               const py::handle& y, const py::handle& h_n, const py::handle& c_n, const py::handle& weights) const {
-  const int64_t per_layer = p_.D * ((bias_ ? 4 : 2) + (projection_ ? 1 : 0));
-  if (!PyList_Check(weights.ptr()) || PyList_GET_SIZE(weights.ptr()) != layers_ * per_layer)
-    throw py::type_error("weights: expected a list of " + std::to_string(layers_ * per_layer) + " tensors");
+               const py::handle& y, const py::handle& h_n, const py::handle& c_n, const py::handle& weights,
+               const py::handle& reserve) const {
+  Tensors from(weights, layers_ * weights_of_layer(), "weights");
   const int64_t state = p_.D * p_.B * p_.R * value_bytes_, cells = p_.D * p_.B * p_.H * value_bytes_;
   const Buffer between(layers_ > 1 && p_.D > 1 ? 2 * size_t(state) : 0);  // outputs of layers that feed others
   const Buffer calls(sizeof(ScanParams) * size_t(layers_));
@@ -56,7 +86,6 @@ void Step::run(const CpuTable& table, int threads, const py::handle& x, const py
   char *in = address(x), *const h_in = address(h0), *const c_in = address(c0);
   char *const out = address(y), *const h_out = address(h_n), *const c_out = address(c_n);
   int64_t width = p_.I, stride = x_stride_;
-  Py_ssize_t at = 0;
   for (int64_t layer = 0; layer < layers_; ++layer) {
     ScanParams& p = *new (all + layer) ScanParams(p_);
     p.threads = threads < 1 ? 1 : threads;
@@ -64,16 +93,10 @@ void Step::run(const CpuTable& table, int threads, const py::handle& x, const py
     p.x = {in, 0, stride};
     p.h0 = h_in ? h_in + layer * state : nullptr;
     p.c0 = c_in ? c_in + layer * cells : nullptr;
-    const auto next = [&]() -> void* { return address(PyList_GET_ITEM(weights.ptr(), at++)); };
-    for (int64_t d = 0; d < p.D; ++d) {
-      p.w_ih[d] = next();
-      p.w_hh[d] = next();
-      p.b_ih[d] = bias_ ? next() : nullptr;
-      p.b_hh[d] = bias_ ? next() : nullptr;
-      p.w_hr[d] = projection_ ? next() : nullptr;
-    }
+    take(from, p.D, bias_, projection_, p.w_ih, p.w_hh, p.b_ih, p.b_hh, p.w_hr);
     p.h_n = h_out + layer * state;
     p.c_n = c_out ? c_out + layer * cells : nullptr;
+    p.reserve = address(reserve);
     // With one direction a step's output is its state.
     char* const here = layer == layers_ - 1 ? out : p.D == 1 ? h_out + layer * state : between.data + layer % 2 * state;
     p.y = {here, 0, p.D * p.R};
@@ -86,6 +109,42 @@ void Step::run(const CpuTable& table, int threads, const py::handle& x, const py
     for (int64_t layer = 0; layer < layers_ && status == Status::ok; ++layer) status = table.forward(all[layer]);
   }
   if (status == Status::out_of_memory) throw std::bad_alloc();
+}
+
+void Step::backward(const CpuTable& table, int threads, const py::handle& dh, const py::handle& dc, const py::handle& x,
+                    const py::handle& h0, const py::handle& c0, const py::handle& h_n, const py::handle& reserve,
+                    const py::handle& weights, const py::handle& dx, const py::handle& dh0, const py::handle& dc0,
+                    const py::handle& dweights) const {
+  if (layers_ != 1 || p_.D != 1) throw py::type_error("backward: expected a step of one layer and direction");
+  ScanGradParams g{};
+  ScanParams& p = g.fwd;
+  p = p_;
+  KeptScratch& scratch = local_.attr("scratch").cast<KeptScratch&>();
+  p.scratch = &scratch;
+  p.threads = threads < 1 ? 1 : threads;
+  p.x = {address(x), 0, x_stride_};
+  p.h0 = address(h0);
+  p.c0 = address(c0);
+  Tensors from(weights, weights_of_layer(), "weights");
+  take(from, 1, bias_, projection_, p.w_ih, p.w_hh, p.b_ih, p.b_hh, p.w_hr);
+  p.y = {address(h_n), 0, p.R};
+  p.reserve = address(reserve);
+  g.dh_n = address(dh);
+  g.dc_n = address(dc);
+  g.dx = {address(dx), 0, p.I};
+  g.dh0 = address(dh0);
+  g.dc0 = address(dc0);
+  if (py::len(dweights) > 0) {
+    Tensors into(dweights, weights_of_layer(), "dweights");
+    take(into, 1, bias_, projection_, g.dw_ih, g.dw_hh, g.db_ih, g.db_hh, g.dw_hr);
+  }
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = table.backward(g);
+  }
+  if (status == Status::out_of_memory) throw std::bad_alloc();
+  scratch.grow();
 }
 
 }  // namespace fusedseq

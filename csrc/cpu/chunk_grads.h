@@ -31,7 +31,7 @@ class ChunkGrads {
   void place(Arena& arena, int g) {
     const int64_t rows = words<P>(chunk_rows());
     Work& w = work[g];
-    w.w_ih = arena.take<S>(p.dx.data ? words<P>(G * f.H) * padded(f.I) : 0);
+    w.w_ih = arena.take<S>(p.dx.data ? column_space<P>(f, G * f.H, f.I) : 0);
     w.dx = arena.take<S>(p.dx.data ? chunk_rows() * padded(f.I) : 0);
     w.left = arena.take<S>(wanted() ? rows * (kColumns * f.H + 2 * kGroup * f.threads) : 0);
     w.left_hr = arena.take<S>(wanted() && projected() ? rows * (f.R + 2 * kGroup * f.threads) : 0);
@@ -222,14 +222,14 @@ class ChunkGrads {
   void weight_grads(const Share& s, const Work& w, int64_t d, int64_t rows, bool first, const Value* dg,
                     const Value* dh) const {
     const int64_t H = f.H, n_words = words<P>(rows);
-    const Range mine = split(kColumns * H, s.thread, s.threads);
-    // Columns [begin, end) of the gate gradients with the rows of dw_ih and dw_hh they belong to, -1 for none.
+    // Columns [begin, end) of the gate gradients with the rows of dw_ih and dw_hh they belong to, -1 for none. Each is
+    // divided among the threads on its own, since they differ in work.
     const auto segment = [&](int64_t begin, int64_t end, int64_t row_ih, int64_t row_hh, const S* state) {
-      const Range c = {max64(begin, mine.begin), min64(end, mine.end)};
+      const Range mine = split(end - begin, s.thread, s.threads), c = {begin + mine.begin, begin + mine.end};
       if (c.size() <= 0) return;
       Right rights[2];
       int n = 0;
-      const int64_t at = c.begin - begin;
+      const int64_t at = mine.begin;
       if (row_ih >= 0) rights[n++] = {w.x, f.I, static_cast<S*>(p.dw_ih[d]) + (row_ih + at) * f.I};
       if (row_hh >= 0) rights[n++] = {state, f.R, static_cast<S*>(p.dw_hh[d]) + (row_hh + at) * f.R};
       outer(dg, gate_pitch(), c, rows, rights, n, first, w.left + part_of_left(s, kColumns * H) * n_words);

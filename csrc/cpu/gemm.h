@@ -52,15 +52,21 @@ struct Tile {
 template <class P>
 void multiply(const Tile<P>& t);
 
-// Calls f(first row, count) over n rows in tiles of nearly equal height for panels of nv vectors.
+// Calls f(first row, count) over n rows in tiles of nearly equal height, `tall` at most.
 template <class F>
-FSQ_INLINE void for_row_tiles(int64_t n, int nv, F f) {
-  const int64_t tall = tile_rows(nv), tiles = (n + tall - 1) / tall;
+FSQ_INLINE void for_tiles(int64_t n, int64_t tall, F f) {
+  const int64_t tiles = (n + tall - 1) / tall;
   for (int64_t t = 0, r = 0; t < tiles; ++t) {
     const int64_t m = (n - r) / (tiles - t);
     f(r, int(m));
     r += m;
   }
+}
+
+// The same for panels of nv vectors.
+template <class F>
+FSQ_INLINE void for_row_tiles(int64_t n, int nv, F f) {
+  for_tiles(n, tile_rows(nv), f);
 }
 
 // Calls f(first vector, count) over vectors [begin, end) in panels of at most `widest`.

@@ -135,7 +135,7 @@ class Kept {
     for_panels(0, vectors(), Blk::units, [&](int64_t v, int u) {
       if (turn++ % s.threads != s.thread) return;
       const int nv = Blk::gates * u;
-      const S *const w_ih = w.panels.template w_ih<Blk>(v), *const w_hh = w.panels.template w_hh<Blk>(v);
+      const S *const w_ih = w.panels.template w_ih<Blk>(v, u).b, *const w_hh = w.panels.template w_hh<Blk>(v, u).b;
       const S* const bias = w.panels.template bias_x<Blk>(v);
       for_row_tiles(rows, nv, [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L], x_part[kMaxTile * kMaxPanel * L];

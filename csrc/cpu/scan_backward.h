@@ -75,8 +75,8 @@ class BackwardScan {
     barriers = arena.take<Barrier>(groups * (f.threads + 1));
     for (int g = 0; g < groups; ++g) {
       Work& w = work[g];
-      w.w_hh = arena.take<S>(words<P>(gate_count(C) * f.H) * state_vectors() * L);
-      w.w_hr = arena.take<S>(projected() ? words<P>(f.R) * vectors() * L : 0);
+      w.w_hh = arena.take<S>(column_space<P>(f, gate_count(C) * f.H, f.R));
+      w.w_hr = arena.take<S>(projected() ? column_space<P>(f, f.R, f.H) : 0);
       w.dg = arena.take<Value>(grads.chunk_rows() * gp());
       w.edge = arena.take<Value>(f.B * gp());
       w.dh = arena.take<Value>(projected() ? grads.chunk_rows() * hp() : 0);

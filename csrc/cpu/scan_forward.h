@@ -49,18 +49,24 @@ class ForwardScan {
   }
 
   // See CpuTable::pack.
-  int64_t pack(void* const* into) const {
-    // Elsewhere the panels depend on how the units are divided among the threads.
-    if (BlockA::units > 1 || projected()) return 0;
+  int64_t pack(void* const* into) {
     Arena measured;
-    GatePanels<C, P> panels;
-    panels.place(measured, p, true);
+    Work w;
+    place_kept(measured, w);
     for (int64_t d = 0; into && d < p.D; ++d) {
       Arena block(into[d]);
-      panels.place(block, p, true);
+      place_kept(block, w);
       parallel(p.threads, [&](int thread, int count) {
-        const Range mine = split(vectors(), thread, count);
-        for (int64_t v = mine.begin; v < mine.end; ++v) panels.template pack<BlockA>(p, d, v, 1);
+        Share s{};  // the panels divided among all threads, each of its whole width
+        s.thread = thread;
+        s.threads = count;
+        s.vectors = {0, vectors()};
+        s.team = thread;
+        s.teams = count;
+        s.slices = 1;
+        pack<BlockA>(s, w, d);
+        if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
+        if (projected()) pack_projection(s, w, d);
       });
     }
     return measured.used();
@@ -115,8 +121,14 @@ class ForwardScan {
   }
 
   Share share(int thread, int count) const {
-    return plan(thread, count, p.D, p.B, vectors(), G, x_words() + h_words(), p.T, !p.lengths && !p.batch_sizes,
-                FSQ_VECTOR_BYTES);
+    Share s = plan(thread, count, p.D, p.B, vectors(), G, x_words() + h_words(), p.T, !p.lengths && !p.batch_sizes,
+                   FSQ_VECTOR_BYTES);
+    constexpr int units = BlockA::units;
+    if (units > 1 && BlockA::gates > 1 && prepacked()) {  // see GatePanels
+      const Range panels = split((vectors() + units - 1) / units, s.slice, s.slices);
+      s.vectors = {panels.begin * units, min64(vectors(), panels.end * units)};
+    }
+    return s;
   }
 
   int64_t chunk_steps() const {
@@ -146,7 +158,25 @@ class ForwardScan {
     }
   }
 
+  // Dot products go over whole groups of rows, without a remainder in every tile.
+  int tile_height(int nv) const { return unpacked() ? kMaxTile : tile_rows(nv); }
+
   bool prepacked() const { return p.packed[0] && !unpacked(); }
+
+  // What `pack` leaves to later calls.
+  void place_kept(Arena& block, Work& w) const {
+    w.panels.place(block, p, true, true);
+    w.w_hr = block.take<S>(projected() ? state_vectors() * L * words<P>(p.H) : 0);
+  }
+
+  // Calls f(first vector, count) over vectors in panels of up to `widest`.
+  template <class F>
+  inline __attribute__((always_inline)) void panels_of(Range r, int widest, F f) const {
+    if (prepacked())
+      for_grid(r.begin, r.end, widest, f);
+    else
+      for_panels(r.begin, r.end, widest, f);
+  }
 
   template <class Blk>
   void pack(const Share& s, const Work& w, int64_t d) const {
@@ -159,15 +189,16 @@ class ForwardScan {
   template <class Blk>
   void project(const Share& s, const Work& w, int64_t d, const Value* x, Range rows, int64_t chunk_rows) {
     const int64_t pitch = x_pitch();
-    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+    panels_of(s.vectors, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* bias = w.panels.template bias_x<Blk>(v);
       S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + rows.begin * nv * L;
-      if (unpacked())
+      if (unpacked()) {
         gate_dots<Blk>(x + rows.begin * pitch, pitch, rows.size(), p.w_ih[d], p.I, v, u, bias, 0, gx);
-      else
-        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(), w.panels.template w_ih<Blk>(v), nv * L,
-                          nv, bias, 0, gx, nv * L);
+      } else {
+        const Columns<S> b = w.panels.template w_ih<Blk>(v, u);
+        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(), b.b, b.pitch, nv, bias, 0, gx, nv * L);
+      }
     });
   }
 
@@ -191,7 +222,7 @@ class ForwardScan {
     const bool reverse = d == 1;
     if (prepacked()) {
       Arena block(const_cast<void*>(p.packed[d]));
-      w.panels.place(block, p, true);
+      place_kept(block, w);
     } else {
       pack<BlockA>(s, w, d);
       if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
@@ -301,11 +332,11 @@ class ForwardScan {
                   const State& next) {
     if (n <= 0) return;
     const int64_t xp = x_pitch();
-    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+    panels_of(s.vectors, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + row * nv * L;
-      const S* panel = w.panels.template w_hh<Blk>(v);
-      for_row_tiles(n, nv, [&](int64_t r, int m) {
+      const Columns<S> b_x = w.panels.template w_ih<Blk>(v, u), b_h = w.panels.template w_hh<Blk>(v, u);
+      for_tiles(n, tile_height(nv), [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
         const S* in = gx + j * nv * L;
@@ -319,11 +350,12 @@ class ForwardScan {
         if (unpacked())
           gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
         else if (together(s))
-          multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word, w.panels.template w_ih<Blk>(v), nv * L,
-                           x_words(), w.panels.template bias_x<Blk>(v), 0, sums, nv * L, a + j * lda, lda, panel,
-                           nv * L, h_words()});
+          multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word, b_x.b, b_x.pitch, x_words(),
+                           w.panels.template bias_x<Blk>(v), 0, sums, nv * L, a + j * lda, lda, b_h.b, b_h.pitch,
+                           h_words()});
         else
-          multiply(Tile<P>{m, nv, a + j * lda, lda, P::per_word, panel, nv * L, h_words(), in, nv * L, sums, nv * L});
+          multiply(
+              Tile<P>{m, nv, a + j * lda, lda, P::per_word, b_h.b, b_h.pitch, h_words(), in, nv * L, sums, nv * L});
         for (int i = 0; i < m; ++i) {
           const Out& o = w.outs[s.slice * p.B + j + i];
           for (int k = 0; k < u; ++k)
@@ -385,10 +417,12 @@ class ForwardScan {
     }
   }
 
-  void pack_projection(const Share& s, const Work& w, int64_t d) {
-    if (s.team > 0 || unpacked()) return;
+  void pack_projection(const Share& s, const Work& w, int64_t d) const {
+    if (unpacked()) return;
     const Range mine = split(state_vectors(), s.slice, s.slices);
+    int turn = 0;
     for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
+      if (turn++ % s.teams != s.team) return;
       pack_gates<P>(w.w_hr + v * L * words<P>(p.H), 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
     });
   }
@@ -396,15 +430,16 @@ class ForwardScan {
   // h = m W_hr^T (LSTM with projection, Sak et al. 2014).
   void project_state(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, const State& next) {
     if (n <= 0) return;
-    const Range mine = split(state_vectors(), s.slice, s.slices);
-    for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
-      for_row_tiles(n, u, [&](int64_t r, int m) {
+    const int64_t K = words<P>(p.H);
+    panels_of(split(state_vectors(), s.slice, s.slices), kMaxPanel, [&](int64_t v, int u) {
+      const Columns<S> b = prepacked() ? grid_columns<S>(w.w_hr, K, state_vectors(), v, kMaxPanel)
+                                       : Columns<S>{w.w_hr + v * L * K, u * L};
+      for_tiles(n, tile_height(u), [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         alignas(64) static const S zero[kMaxPanel * L] = {};
         const Value* a = w.m + (j0 + r) * cp();
         if (!unpacked())
-          multiply(Tile<P>{m, u, a, cp(), P::per_word, w.w_hr + v * L * words<P>(p.H), u * L, words<P>(p.H), zero, 0,
-                           sums, u * L});
+          multiply(Tile<P>{m, u, a, cp(), P::per_word, b.b, b.pitch, K, zero, 0, sums, u * L});
         else if constexpr (P::per_word == 1)
           for (int k = 0; k < u; ++k)
             dots(Dots<S>{a, cp(), m, p.w_hr[at.d], p.dtype, (v + k) * L, min64(L, p.R - (v + k) * L), p.H, zero, 0,

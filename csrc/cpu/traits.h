@@ -72,6 +72,13 @@ FSQ_INLINE Columns<S> columns(const ScanParams& p, const S* panels, const void* 
   if (read_in_place<S>(p, N, v, u)) return {static_cast<const S*>(w) + v * kLanes<S>, N};
   return {panels + v * kLanes<S> * words<P>(K), u * kLanes<S>};
 }
+// Room for panels of all columns.
+template <class P>
+FSQ_INLINE int64_t column_space(const ScanParams& p, int64_t K, int64_t N) {
+  typedef typename P::Sum S;
+  const int64_t vectors = (N + kLanes<S> - 1) / kLanes<S>;
+  return read_in_place<S>(p, N, 0, int(vectors)) ? 0 : words<P>(K) * vectors * kLanes<S>;
+}
 template <class P, class S>
 FSQ_INLINE void prepare_columns(const ScanParams& p, S* panels, const void* w, int64_t K, int64_t N, int64_t v, int u) {
   if (!read_in_place<S>(p, N, v, u))

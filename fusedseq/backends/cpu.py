@@ -7,7 +7,7 @@ here. Every output is written by the core, so nothing is zeroed first except wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,15 +159,14 @@ def scan_forward(
 def pack(cell: str, weights: Sequence[Tensor], bidirectional: bool) -> Any:
     """The weights of one layer as forward scans read them, for `scan_forward` as long as they are what they were.
 
-    None where the core packs on every call: weights that are not dense, RNNs, projections.
+    None where the core packs on every call: weights that are not dense.
     """
     if any(not w.is_contiguous() for w in weights):
         return None
     directions = 2 if bidirectional else 1
     (gh, inputs), state = weights[0].shape, weights[1].shape[1]
     sizes = (2, 1, inputs, gh // _GATES[cell], state, directions)
-    panels = _core.Panels(_CELLS[cell], _DTYPES[weights[0].dtype], _threads(), sizes, _weights(weights, directions))
-    return panels if panels.bytes else None
+    return _core.Panels(_CELLS[cell], _DTYPES[weights[0].dtype], _threads(), sizes, _weights(weights, directions))
 
 
 def cell_forward(
@@ -226,20 +225,19 @@ def cell_backward(
     return dx, dh0, dc0, _stored(dweights, x.dtype)
 
 
-def step(
-    cell: str, x: Tensor, weights: Sequence[Tensor], layers: int, bidirectional: bool
-) -> Callable[[int, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Sequence[Tensor]], None] | None:
-    """One step of a stack of layers without gradients, for calls that repeat; x is [B, I]. None: strides too unusual.
+def step(cell: str, x: Tensor, weights: Sequence[Tensor], layers: int, bidirectional: bool) -> Any:
+    """One step of a stack of layers, for calls that repeat; x is [B, I]. None: strides too unusual.
 
-    What comes back takes threads, x, h0, c0, y, h_n, c_n and weights of the very same shapes and strides. All but x are
-    dense.
+    What comes back is a `_cpu.Step`: called with threads, x, h0, c0, y, h_n, c_n, weights and reserve of the very same
+    shapes and strides it runs the step. With one layer and direction its `backward` is that of `cell_backward`, in
+    types that need no conversion. All but x are dense.
     """
     directions = 2 if bidirectional else 1
     per = len(weights) // (layers * directions)
     if any(not w.is_contiguous() for w in weights) or _dense_rows(x) is not x:
         return None
     sizes = (1, *x.shape, weights[1].shape[0] // _GATES[cell], weights[1].shape[1], directions)
-    return _core.Step(_CELLS[cell], _DTYPES[x.dtype], sizes, x.stride(0), layers, per >= 4, per in (3, 5))
+    return _core.Step(_local, _CELLS[cell], _DTYPES[x.dtype], sizes, x.stride(0), layers, per >= 4, per in (3, 5))
 
 
 def _weight_grads(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -45,8 +45,8 @@ class CellModule(Fused, _Base):
             return self._run(cell, input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)).squeeze(0)
         weights = self._weights()
         compiling = is_compiling()
-        if not compiling and self._repeat is not None and hx is not None:
-            step = self._repeat(cell, input, hx, None, weights)
+        if not compiling and hx is not None:
+            step = self._again(cell, input, hx, None, weights)
             if step is not None:
                 return step[1]
         if foreign(weights):
@@ -55,7 +55,7 @@ class CellModule(Fused, _Base):
             h = ops.cell(cell, input, hx, None, weights)[0]
         except ArgumentErrors as e:
             raise refusal(self, input, hx, e) from None
-        if not compiling and not torch.is_grad_enabled():
+        if not compiling:
             self._expect(cell, input, hx, None, weights, None)
         return h
 
@@ -127,8 +127,8 @@ class LSTMCell(CellModule, TorchLSTMCell):
             return h.squeeze(0), c.squeeze(0)
         weights = self._weights()
         compiling = is_compiling()
-        if not compiling and self._repeat is not None and h is not None:
-            step = self._repeat("lstm", input, h, c, weights)
+        if not compiling and h is not None:
+            step = self._again("lstm", input, h, c, weights)
             if step is not None:
                 return step[1:]
         if foreign(weights):
@@ -137,7 +137,7 @@ class LSTMCell(CellModule, TorchLSTMCell):
             new = ops.cell("lstm", input, h, c, weights)
         except ArgumentErrors as e:
             raise refusal(self, input, hx, e) from None
-        if not compiling and not torch.is_grad_enabled():
+        if not compiling:
             self._expect("lstm", input, h, c, weights, None)
         return new
 

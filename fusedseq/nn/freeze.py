@@ -13,7 +13,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def freeze(model: M) -> M:
-    """Let every fused LSTM and GRU in `model` keep its weights in the layout of the kernels, beside the parameters.
+    """Let every fused RNN, LSTM and GRU in `model` keep its weights as the kernels read them, beside the parameters.
 
     Calls without gradients then do not pack them anew, which is most of a call on few short sequences. It costs
     as much memory again as these weights. Weights that change in the usual ways (an optimizer, load_state_dict, copy_,
@@ -21,7 +21,7 @@ def freeze(model: M) -> M:
     writing to ``weight.data``, are not noticed: call `freeze` again after them. Results are the same bits.
 
     Args:
-        model: a module; fused RNNs, cells and projected LSTMs in it work as before.
+        model: a module; fused cells in it work as before.
 
     Returns:
         The same module.

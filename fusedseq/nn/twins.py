@@ -30,6 +30,8 @@ TorchTransformerEncoderLayer = torch.nn.TransformerEncoderLayer
 TorchTransformerDecoder = torch.nn.TransformerDecoder
 TorchTransformerDecoderLayer = torch.nn.TransformerDecoderLayer
 
+is_grad_enabled = torch.is_grad_enabled
+
 #: torch's class -> ours; filled by the files that define ours.
 FUSED: dict[type, type] = {}
 
@@ -41,24 +43,37 @@ _KINDS = 16
 class Fused:
     """What each of our modules adds to its torch.nn namesake for the sake of passing to and fro."""
 
-    # The step that the module is asked for again and again, once there is one, and how often steps of each kind took
-    # the long way.
+    # The step that the module is asked for again and again, once there is one; the same where autograd records, from a
+    # state that does or does not require a gradient; and how often steps of each kind took the long way.
     _repeat: Repeat | None = None
+    _recorded: dict[bool, Repeat | None] | None = None
     _asked: dict[Any, int] | None = None
+
+    def _again(
+        self, cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """y, h_n and c_n by the short way, or None if this step must take the long one."""
+        ready = self._repeat
+        if is_grad_enabled():
+            ready = None if self._recorded is None else self._recorded.get(h0.requires_grad)
+        return None if ready is None else ready(cell, x, h0, c0, weights)
 
     def _expect(
         self, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], y: Tensor | None,
         layers: int = 1, bidirectional: bool = False,
     ) -> None:  # fmt: skip
-        """After a step without gradients: be ready for the next one, if this was not the first of its kind."""
-        kind = (cell, x.shape, x.dtype)
+        """After a step: be ready for the next one, if this was not the first of its kind."""
+        recorded = h0 is not None and is_grad_enabled() and h0.requires_grad
+        kind = (cell, x.shape, x.dtype, is_grad_enabled(), recorded)
         asked = self._asked
         if asked is None or len(asked) > _KINDS:
             asked = self.__dict__["_asked"] = {}
         times = asked[kind] = asked.get(kind, 0) + 1
         if times > 1 and not times & (times - 1):  # ever more seldom, where it turns out that nothing can be prepared
             ready = ops.prepare(cell, x, h0, c0, weights, y, layers, bidirectional)
-            if ready is not None:
+            if ready is not None and is_grad_enabled():
+                self.__dict__["_recorded"] = {**(self._recorded or {}), recorded: ready}
+            elif ready is not None:
                 self.__dict__["_repeat"] = ready
 
     def beyond_torch(self) -> str | None:
@@ -127,9 +142,8 @@ def plain_class(module: torch.nn.Module) -> type:
 def settle(module: torch.nn.Module) -> None:
     """Bring what a module keeps beside its parameters in line with its class."""
     if not isinstance(module, Fused):
-        module.__dict__.pop("_repeat", None)
-        module.__dict__.pop("_asked", None)
-        module.__dict__.pop("_frozen", None)
+        for name in ("_repeat", "_recorded", "_asked", "_frozen"):
+            module.__dict__.pop(name, None)
     if not isinstance(module, TorchRNNBase):
         return
     if isinstance(module, Fused):

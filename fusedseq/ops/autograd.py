@@ -72,14 +72,14 @@ class Scan(torch.autograd.Function):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             # create_graph=True, or a backward that is being traced: the operator knows its own derivative.
             if call.step:
-                x, h0, c0 = as_scan(x, h0, c0)
-                y, dh_n, dc_n = as_scan(y, dh_n, dc_n)
-            dx, dh0, dc0, dweights = derivative.call_backward(
-                call.cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights, call.bidirectional, call.batch_first, lengths,
-                batch_sizes, resets, y, reserve, need_dx, need_dw, call.batch, call.backend.name,
-            )  # fmt: skip
-            if call.step:
-                dx, dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dx, dh0, dc0))
+                dx, dh0, dc0, dweights = differentiable_step_backward(
+                    call.cell, dh_n, dc_n, x, h0, c0, weights, y, reserve, need_dx, need_dw, call.backend.name
+                )
+            else:
+                dx, dh0, dc0, dweights = derivative.call_backward(
+                    call.cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights, call.bidirectional, call.batch_first,
+                    lengths, batch_sizes, resets, y, reserve, need_dx, need_dw, call.batch, call.backend.name,
+                )  # fmt: skip
         elif call.step:
             dx, dh0, dc0, dweights = call.backend.cell_backward(
                 call.cell, dh_n, dc_n, x, h0, c0, weights, y, reserve, need_dx, need_dw
@@ -101,3 +101,18 @@ class Scan(torch.autograd.Function):
 def as_scan(x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Give one step's tensors the leading dimension of a scan: T = 1 for x, D = 1 for the states."""
     return x.unsqueeze(0), None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+
+
+def differentiable_step_backward(
+    cell: str, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None, c: Tensor | None,
+    weights: list[Tensor], h_n: Tensor, reserve: Tensor, need_dx: bool, need_dw: bool, backend: str,
+) -> Any:  # fmt: skip
+    """The backward of one step as the operator, which knows its own derivative: dx, dh, dc, dweights."""
+    rows, h, c = as_scan(x, h, c)
+    y, dh_n, dc_n = as_scan(h_n, dh, dc)
+    dx, dh0, dc0, dweights = derivative.call_backward(
+        cell, None, dh_n, dc_n, None, rows, h, c, weights, False, False, None, None, None, y, reserve, need_dx, need_dw,
+        x.shape[0], backend,
+    )  # fmt: skip
+    dx, dh0, dc0 = (None if g is None else g.squeeze(0) for g in (dx, dh0, dc0))
+    return dx, dh0, dc0, dweights

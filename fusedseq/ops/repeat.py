@@ -8,15 +8,20 @@ recorded; the keys tell whether autocast, a transform or a mode would have to se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from fusedseq import registry
+from fusedseq.backends.reference import reserve_like
 from fusedseq.ops import check
-from fusedseq.ops.scan import is_autocasting, is_ordinary
+from fusedseq.ops.autograd import differentiable_step_backward
+from fusedseq.ops.scan import is_autocasting, is_ordinary, wants_grad
 
 _Guards: Any
 try:
@@ -26,9 +31,14 @@ except ImportError:
 
 _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
 _empty_like = torch.empty_like
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# Dtypes whose weight gradients the core writes as they are.
+_UNCONVERTED = (torch.float32, torch.float64)
 
+Saved = tuple[Tensor, Tensor | None, Tensor]
 Step = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -63,8 +73,98 @@ class Repeat:
             return None
         h_n = _empty_like(h0)
         y = h_n if self._y is None else _empty_like(self._y)
-        self._run(_threads(), x, h0, c0, y, h_n, c_n, weights)
+        self._run(_threads(), x, h0, c0, y, h_n, c_n, weights, None)
         return y, h_n, c_n
+
+
+class GradRepeat(Repeat):
+    """One step of a cell that autograd records, for tensors like those it was made of."""
+
+    __slots__ = ("_reserve", "_row", "backend")
+
+    def __init__(self, cell: str, check: Any, run: Any, x: Tensor, backend: ModuleType, reserve: Tensor) -> None:
+        super().__init__(cell, check, run, None)
+        self.backend = backend
+        # What results are made like; of x, whose rows may lie apart, one that is dense.
+        self._row = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._reserve = reserve
+
+    def __call__(self, cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> Step | None:
+        """h', h' again and c', or None if this is another kind of call."""
+        if self._generation != registry.generation() or cell is not self._cell or _function_modes():
+            return None
+        if not _is_grad_enabled() or forward_ad._current_level >= 0 or _saving_hooks(False) is not None:
+            return None
+        if cell == "lstm":
+            if not self._check(x, h0, c0, *weights):
+                return None
+            h_n, c_n = _record(self, x, h0, c0, *weights)
+            return h_n, h_n, c_n
+        if not self._check(x, h0, *weights):
+            return None
+        h_n = _record(self, x, h0, None, *weights)
+        return h_n, h_n, None
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor]) -> Saved:
+        """h', c' and the reserve."""
+        h_n = _empty_like(h)
+        c_n = None if c is None else _empty_like(c)
+        reserve = _empty_like(self._reserve)
+        self._run(_threads(), x, h, c, h_n, h_n, c_n, weights, reserve)
+        return h_n, c_n, reserve
+
+    def backward(
+        self, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor, c: Tensor | None, h_n: Tensor,
+        reserve: Tensor, weights: Sequence[Tensor], need_dx: bool, need_dw: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Sequence[Tensor]]:  # fmt: skip
+        """What `cell_backward` of the backend gives."""
+        if dh is not None and not dh.is_contiguous():
+            dh = dh.contiguous()
+        if dc is not None and not dc.is_contiguous():
+            dc = dc.contiguous()
+        dx = _empty_like(self._row) if need_dx else None
+        dh0 = _empty_like(h_n)
+        dc0 = None if c is None else _empty_like(c)
+        dweights = [_empty_like(w) for w in weights] if need_dw else ()
+        self._run.backward(_threads(), dh, dc, x, h, c, h_n, reserve, weights, dx, dh0, dc0, dweights)
+        return dx, dh0, dc0, dweights
+
+
+class _Recorded(_SingleLevelFunction):
+    """The node of a step that repeats."""
+
+    apply: Any  # inherited from C++, where mypy cannot see it
+
+    @staticmethod
+    def forward(ctx: Any, repeat: GradRepeat, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor) -> Any:
+        h_n, c_n, reserve = repeat.forward(x, h, c, weights)
+        ctx.repeat = repeat
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, c, h_n, reserve, *weights)
+        return h_n if c_n is None else (h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> tuple[Any, ...]:
+        x, h, c, h_n, reserve, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if dh is None and dc is None:
+            return (None,) * len(needs)
+        need_dx, need_dw = needs[1], True in needs[4:]
+        repeat = ctx.repeat
+        if _is_grad_enabled() or _is_compiling():
+            dx, dh0, dc0, dweights = differentiable_step_backward(
+                repeat._cell, dh, dc, x, h, c, weights, h_n, reserve, need_dx, need_dw, repeat.backend.name
+            )
+        else:
+            dx, dh0, dc0, dweights = repeat.backward(dh, dc, x, h, c, h_n, reserve, weights, need_dx, need_dw)
+        return (
+            None, dx, dh0 if needs[2] else None, dc0 if needs[3] else None,
+            *(dweights if need_dw else (None,) * len(weights)),
+        )  # fmt: skip
+
+
+# The C++ half of `apply`. What torch.autograd.Function adds to it in Python is for torch.func, which never gets here.
+_record = _Recorded.apply
 
 
 def prepare(
@@ -77,8 +177,14 @@ def prepare(
     layers: int = 1,
     bidirectional: bool = False,
 ) -> Repeat | None:
-    """Make ready for the next call like the one that has just been answered with `y`; None if it cannot repeat."""
-    if _Guards is None or _is_grad_enabled() or registry.generation() is None:
+    """Make ready for the next call like the one that has just been answered with `y`; None if it cannot repeat.
+
+    With gradients enabled only a cell's step can, and only if a gradient is wanted.
+    """
+    if _Guards is None or registry.generation() is None:
+        return None
+    grad = _is_grad_enabled()
+    if grad and (y is not None or x.dtype not in _UNCONVERTED or not wants_grad(x, h0, c0, weights)):
         return None
     if h0 is None or (cell == "lstm") != (c0 is not None):
         return None
@@ -91,7 +197,7 @@ def prepare(
     rows = x if y is None else x.squeeze(0) if x.shape[0] == 1 else x.squeeze(1)
     GH, R = weights[1].shape
     sizes = (1, *rows.shape, GH // check.GATES[cell], R, 2 if bidirectional else 1)
-    backend = registry.choose(registry.scan_call(cell, x, sizes, None, None, None, False, False))
+    backend = registry.choose(registry.scan_call(cell, x, sizes, None, None, None, False, grad))
     step = getattr(backend, "step", None)
     run = step(cell, rows, weights, layers, bidirectional) if step else None
     if run is None:
@@ -103,4 +209,7 @@ def prepare(
         return None
     if not guards.check(*tensors):  # one tensor in two places is nothing that it can tell
         return None
+    if grad:
+        reserve = reserve_like(cell, x.detach().unsqueeze(0), weights, False)
+        return GradRepeat(cell, guards.check, run, x.detach(), backend, reserve)
     return Repeat(cell, guards.check, run, None if y is None else torch.empty_like(y))

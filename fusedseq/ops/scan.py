@@ -43,7 +43,8 @@ def is_ordinary(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequen
     return type(weights) in _LISTS and _PLAIN.issuperset(map(type, (x, *weights))) and not x.is_meta
 
 
-def _wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Whether autograd, if it is enabled, has something to record."""
     if x.requires_grad or (h0 is not None and h0.requires_grad) or (c0 is not None and c0.requires_grad):
         return True
     return True in [w.requires_grad for w in weights]
@@ -102,7 +103,7 @@ def _run(
 ) -> Output:
     kept = Save.STATES if recompute else Save.GATES
     if _is_compiling():
-        save = _is_grad_enabled() and _wants_grad(x, h0, c0, weights)
+        save = _is_grad_enabled() and wants_grad(x, h0, c0, weights)
         return _watched(
             cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, step,
             kept if save else Save.NOTHING,
@@ -113,7 +114,7 @@ def _run(
     if not ordinary or forward_ad._current_level >= 0:
         # Inside a transform no tensor tells for sure whether some outer level will differentiate it; a trace must look
         # the same with and without gradients. Where nothing was saved, the backward pass scans again.
-        save = _is_grad_enabled() and (_interpreters() is not None or _wants_grad(x, h0, c0, weights))
+        save = _is_grad_enabled() and (_interpreters() is not None or wants_grad(x, h0, c0, weights))
         return _watched(
             cell, x, h0, c0, weights, bidirectional, batch_first, lengths, batch_sizes, resets, cells, step,
             kept if save and _tracing_state() is None else Save.NOTHING,
@@ -127,7 +128,7 @@ def _run(
     )
     if lengths is not None or batch_sizes is not None:
         lengths, batch_sizes = check.data(lengths, batch_sizes, x, sizes)
-    grad = _is_grad_enabled() and _wants_grad(x, h0, c0, weights)
+    grad = _is_grad_enabled() and wants_grad(x, h0, c0, weights)
     backend = registry.choose(registry.scan_call(cell, x, sizes, batch_sizes, lengths, resets, cells, grad))
     if grad:
         call = Call(
