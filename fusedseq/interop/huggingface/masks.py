@@ -7,6 +7,7 @@ them, a function of a user for example, makes the mask a table that the function
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -214,27 +215,33 @@ def _bounds(sequences: Tensor) -> Tensor:  # [L], non-decreasing numbers -> [N +
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-_REFUSED: dict[type, str] = {}
-
-
 def _refuse_other_attention(config: Any) -> None:
     """Models that do not use transformers' attention interface take a mask of numbers, and would add this one."""
-    kind = type(config)
-    if kind not in _REFUSED:
-        modeling = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))
-        models = [
-            c for c in vars(modeling).values()
-            if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.__module__ == kind.__module__.replace(
-                ".configuration_", ".modeling_")
-        ] if modeling else []  # fmt: skip
-        able = ("_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend", "_supports_flash_attn")
-        unable = bool(models) and not any(getattr(c, flag, False) for c in models for flag in able)
-        _REFUSED[kind] = models[0].__name__ if unable else ""
-    if _REFUSED[kind]:
-        more = "; fusedseq.interop.huggingface.fuse_longformer swaps its modules" if (
-            getattr(config, "model_type", "") in ("longformer", "led")
-        ) else ""  # fmt: skip
+    name = _computes_itself(type(config))
+    if name:
+        swappable = name.startswith(("Longformer", "LED"))
+        swap = "; fusedseq.interop.huggingface.fuse_longformer swaps its modules" if swappable else ""
         raise ValueError(
-            f"attn_implementation: expected a model that uses transformers' attention interface, got "
-            f'{_REFUSED[kind]}, which computes attention by itself; load it with "eager"{more}'
+            f"attn_implementation: expected a model that uses transformers' attention interface, got {name}, which "
+            f'computes attention by itself; load it with "eager"{swap}'
         )
+
+
+@torch.compiler.assume_constant_result  # TorchDynamo could not follow
+def _computes_itself(config_class: type) -> str:
+    return _model_that_computes_itself(config_class)
+
+
+@functools.cache
+def _model_that_computes_itself(config_class: type) -> str:
+    """The name of a class of such a model, or "" for those that use the interface or are not known."""
+    home = config_class.__module__.replace(".configuration_", ".modeling_")
+    models = [
+        cls
+        for cls in vars(sys.modules.get(home, object)).values()
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == home
+    ]
+    able = ("_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend", "_supports_flash_attn")
+    if not models or any(getattr(cls, flag, False) for cls in models for flag in able):
+        return ""
+    return models[0].__name__
