@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fusedseq.nn as fnn
 from fusedseq.testing.compare import judge
@@ -252,3 +253,17 @@ def arguments_for(name, self_mask, cross_mask="none", form="batched", heads=H):
         source = {"src_mask": here["attn_mask"], "src_key_padding_mask": here["key_padding_mask"]}
         return {**given, **source, "src_is_causal": here["is_causal"]}
     return given
+
+
+class Everything64(TorchFunctionMode):
+    """Keeps float64 what models turn into float32 by name: norms, rotary angles, a softmax."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.dtype is torch.float64:
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)

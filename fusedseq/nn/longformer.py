@@ -73,37 +73,52 @@ class LongformerSelfAttention(nn.Module):
         for name, mask in (("key_padding_mask", key_padding_mask), ("global_mask", global_mask)):
             if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape[:2]):
                 raise ValueError(f"{name}: expected bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        if global_mask is not None and key_padding_mask is not None:
-            global_mask = global_mask & ~key_padding_mask
-        dropout = self.dropout if self.training else 0.0
-        padding = read_masks(x.dtype, self.num_heads, key_padding_mask, None, causal=False, extra=0).mask or Mask()
-        side = self.window // 2
-        local = Mask(
-            window=(side, side), key_lengths=padding.key_lengths, dense=padding.dense, global_tokens=global_mask
-        )
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        out = ops.attention(q, k, v, mask=local, dropout_p=dropout).transpose(1, 2).flatten(2)
-        if global_mask is not None:
-            out = self._global(x, out, global_mask, padding, dropout)
-        return out if key_padding_mask is None else out.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
-
-    def _heads(self, t: Tensor) -> Tensor:  # [B, L, E] -> [B, H, L, E/H]
-        return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _global(self, x: Tensor, out: Tensor, global_mask: Tensor, padding: Mask, dropout: float) -> Tensor:
-        """The output with the rows of global tokens put in their places."""
-        batch, place = global_mask.nonzero(as_tuple=True)
-        if not len(batch):
-            return out
-        # Row b's n-th global token is query n of its batch row; rows with fewer of them are filled up with zeros.
-        slot = (global_mask.cumsum(1) - 1)[batch, place]
-        rows = x.new_zeros(x.shape[0], int(slot.max()) + 1, x.shape[2]).index_put((batch, slot), x[batch, place])
-        q, k, v = (
-            self._heads(project(t))
-            for project, t in ((self.query_global, rows), (self.key_global, x), (self.value_global, x))
-        )
-        seen = ops.attention(q, k, v, mask=padding, dropout_p=dropout).transpose(1, 2).flatten(2)
-        return out.index_put((batch, place), seen[batch, slot])
+        return attend(self, x, key_padding_mask, global_mask, self.window // 2)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, window={self.window}, dropout={self.dropout}"
+
+
+def attend(
+    module: Any,
+    x: Tensor,  # [B, L, E]
+    key_padding_mask: Tensor | None,  # bool [B, L]
+    global_mask: Tensor | None,  # bool [B, L]
+    side: int,
+) -> Tensor:  # [B, L, E]
+    """What `LongformerSelfAttention` computes, for any module with its six projections, `num_heads` and `dropout`.
+
+    A token sees the keys at most `side` away. Padding counts as no global token.
+    """
+    if global_mask is not None and key_padding_mask is not None:
+        global_mask = global_mask & ~key_padding_mask
+    dropout = module.dropout if module.training else 0.0
+    padding = read_masks(x.dtype, module.num_heads, key_padding_mask, None, causal=False, extra=0).mask or Mask()
+    local = Mask(window=(side, side), key_lengths=padding.key_lengths, dense=padding.dense, global_tokens=global_mask)
+    q, k, v = (_heads(project(x), module.num_heads) for project in (module.query, module.key, module.value))
+    out = ops.attention(q, k, v, mask=local, dropout_p=dropout).transpose(1, 2).flatten(2)
+    if global_mask is not None:
+        out = _attend_globally(module, x, out, global_mask, padding, dropout)
+    return out if key_padding_mask is None else out.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:  # [B, L, E] -> [B, H, L, E/H]
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attend_globally(
+    module: Any, x: Tensor, out: Tensor, global_mask: Tensor, padding: Mask, dropout: float
+) -> Tensor:  # fmt: skip
+    """The output with the rows of global tokens put in their places."""
+    batch, place = global_mask.nonzero(as_tuple=True)
+    if not len(batch):
+        return out
+    # Row b's n-th global token is query n of its batch row; rows with fewer of them are filled up with zeros.
+    slot = (global_mask.cumsum(1) - 1)[batch, place]
+    rows = x.new_zeros(x.shape[0], int(slot.max()) + 1, x.shape[2]).index_put((batch, slot), x[batch, place])
+    q, k, v = (
+        _heads(project(t), module.num_heads)
+        for project, t in ((module.query_global, rows), (module.key_global, x), (module.value_global, x))
+    )
+    seen = ops.attention(q, k, v, mask=padding, dropout_p=dropout).transpose(1, 2).flatten(2)
+    return out.index_put((batch, place), seen[batch, slot])
