@@ -174,10 +174,10 @@ def draw(rows: list[dict], test: weather.Windows, path: Path, days: int = 10) ->
     hours = (test.hours[midnight][:, None] + np.arange(horizon)).ravel()
     hues = ("tab:green", "tab:blue", "tab:orange", "tab:red", "tab:purple", "tab:brown")
     colours = dict(zip(map(title, MODELS), hues, strict=True))
-    have = {row["module"] for row in rows}
-    shown = [row for row in rows if row["module"] in ("naive", "fusedseq" if "fusedseq" in have else "torch")]
+    made_by = "fusedseq" if any(row["module"] == "fusedseq" for row in rows) else "torch"
+    shown = [row for row in rows if row["module"] in ("naive", made_by)]
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained", height_ratios=[3, 2])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 8.5), layout="constrained", height_ratios=[3, 2])
     above.plot(hours, test.truth[midnight].ravel(), color="black", linewidth=2, label="observed")
     lead = np.arange(1, horizon + 1)
     for row in shown:
@@ -189,13 +189,13 @@ def draw(rows: list[dict], test: weather.Windows, path: Path, days: int = 10) ->
         else:
             recurrent = row["model"].lower() in RECURRENT
             style = {"color": colours[row["model"]], "linewidth": 1.3, "linestyle": "-" if recurrent else (0, (5, 1))}
-            label = f"{row['module']}: {row['model']}"
+            label = row["model"]
         if row["model"] != "as it is now":
             above.plot(hours, forecast[midnight].ravel(), label=label, **style)
-        below.plot(lead, error, label=f"{label} (mean {row['mae']:.2f} °C)", **style)
+        below.plot(lead, error, label=f"{label} ({row['mae']:.2f})", **style)
     for time_made in test.hours[midnight]:
         above.axvline(time_made, color="0.9", linewidth=1, zorder=0)
-    above.set_title("Temperature at JFK airport: every midnight (UTC), the next 24 hours are forecast")
+    above.set_title(f"Temperature at JFK airport: {made_by}'s networks forecast the next 24 hours every midnight (UTC)")
     above.set_ylabel("air temperature in °C")
     above.set_xlabel("2013, UTC; a grey line where a forecast starts")
     above.xaxis.set_major_locator(matplotlib.dates.DayLocator())
@@ -204,14 +204,14 @@ def draw(rows: list[dict], test: weather.Windows, path: Path, days: int = 10) ->
     above.legend(ncols=5, loc="upper center", frameon=False)
     low, high = above.get_ylim()
     above.set_ylim(low, high + 0.12 * (high - low))  # room for the legend
-    below.set_title(f"Error on the whole test part ({len(test.truth):,} forecasts)")
+    below.set_title(f"Error on the whole test part ({len(test.truth):,} forecasts; in brackets the mean in °C)")
     below.set_xlabel("hours ahead")
     below.set_ylabel("mean absolute error in °C")
     below.set_xticks(range(0, horizon + 1, 3))
     below.set_ylim(bottom=0)
     below.margins(x=0.01)
     below.grid(color="0.9")
-    below.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # the lines fill the axes
+    below.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))  # the lines fill the axes
     figure.savefig(path, dpi=120)
 
 
