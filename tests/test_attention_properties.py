@@ -312,3 +312,20 @@ def test_every_width_of_a_head(row: tuple[str, str]) -> None:
             got = outcome(call, Call.ours, dout, None)
         wrong = judge(call, dout, None, got)
         assert not wrong, f"E = {E} {dtype}: {wrong}"
+
+
+@pytest.mark.parametrize("causal", [None, "top-left", "bottom-right"])
+@pytest.mark.parametrize("window", [(0, 0), (3, None), (None, 5), (66, 1)], ids=str)
+def test_every_structure(causal: Any, window: Any) -> None:
+    """Sizes at which each bound matters, beside global tokens, lengths and dropout."""
+    gen = torch.Generator().manual_seed(1)
+    q, k, v, dout = (torch.randn(2, 2, n, 8, generator=gen, dtype=torch.float64) for n in (70, 97, 97, 70))
+    structure = {"window": window, "key_lengths": torch.tensor([97, 40])}
+    if causal is not None:
+        structure["causal"] = causal
+    for more in ({}, {"global_tokens": torch.rand(2, 97, generator=gen) < 0.1}):
+        call = Call(q, k, v, {"dropout_p": 0.3, "seed": 5}, {**structure, **more})
+        for row in ROWS:
+            with running(*row):
+                got = outcome(call, Call.ours, dout, None)
+            assert not judge(call, dout, None, got), f"{row} {text(call)}"
