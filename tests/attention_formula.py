@@ -179,8 +179,10 @@ def judge(call: Call, dout: Tensor, dlse: Tensor | None, got: dict[str, Tensor])
     sums = terms(inputs.to(torch.float64))
     peer = truth if dtype == torch.float64 else outcome(call, lambda c: formula(c, dtype), dout, dlse)
     errors = [e for e in judge_attention(got, AttentionBaseline(inputs, truth, peer, sums)) if not e.ok]
-    if errors:
+    if errors and dtype != torch.float64:
         base = AttentionBaseline(inputs, truth, _peer(inputs), sums)
-        fine = {e.name for e in judge_attention(got, base) if e.ok}
+        # Rounding only: a peer that computes something else than the formula excuses nothing.
+        rounding = torch.finfo(dtype).eps ** 0.5
+        fine = {e.name for e in judge_attention(got, base) if e.ok and e.norm < rounding}
         errors = [e for e in errors if e.name not in fine]
     return [str(e) for e in errors]
