@@ -11,7 +11,7 @@ export FUSEDSEQ_REQUIRE_CORE := 1
 .PHONY: help demo test lint format bench sanitize build clean
 
 help:
-	@echo "make demo      train RNN, LSTM and GRU forecasters, torch.nn beside fusedseq; writes out/forecast.png"
+	@echo "make demo      train recurrent and attentive forecasters, torch beside fusedseq; writes out/forecast.png"
 	@echo "make test      build, then run the tests"
 	@echo "make bench     time the modules beside torch.nn and others (docs/benchmarks.md)"
 	@echo "make lint      ruff, clang-format and mypy, changing nothing"

@@ -13,6 +13,7 @@ from fusedseq.ops import attention_check as check
 from fusedseq.ops.attention import run
 from fusedseq.ops.check import DTYPES
 from fusedseq.ops.mask import Mask
+from fusedseq.ops.scan import is_autocasting
 
 # Taken at import: once somebody has put ours in its place, looking it up would find ourselves.
 _torch_sdpa = F.scaled_dot_product_attention
@@ -37,7 +38,10 @@ def scaled_dot_product_attention(
     seed that torch's generator gives, but not from the same numbers as torch's.
     """
     args: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if not all(isinstance(t, Tensor) for t in args[:3]) or not _plain(*args):
+    if not all(isinstance(t, Tensor) for t in args[:3]):
+        return _refuse(args)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    if not _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         return _refuse(args)
     mask = None
     if is_causal:
@@ -74,6 +78,20 @@ def scaled_dot_product_attention(
         return _refuse(args)
     out, _ = run(p)
     return out if out.shape == shape else out.reshape(shape)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Any, ...]:
+    """Under autocast inputs may differ in dtype; what the operator itself would not accept is cast here already."""
+    if not is_autocasting() or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v, mask
+    alike = q.dtype == k.dtype == v.dtype
+    if alike and (not isinstance(mask, Tensor) or mask.dtype in (torch.bool, torch.float32, q.dtype)):
+        return q, k, v, mask
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (q, k, v, mask)
+    )
 
 
 def _plain(
