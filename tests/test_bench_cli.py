@@ -20,7 +20,7 @@ from test_bench import _as_users_run_it, _ceilings_are_not_what_is_tested, broke
 import fusedseq
 from fusedseq import info
 from fusedseq.__main__ import main as command
-from fusedseq.bench import choice, compare, peers, results, revisions, run, table, timing
+from fusedseq.bench import choice, compare, memory, results, revisions, rnn_peers, run, table, timing
 from fusedseq.bench.cases import SETS, select
 from fusedseq.bench.cli import main as bench
 
@@ -64,9 +64,10 @@ def test_run_writes_json_and_csv(
         assert one["ratio_torch"] == pytest.approx(one["peers"]["torch"]["median"] / one["peers"]["fusedseq"]["median"])
         refused = {name: peer["reason"] for name, peer in one["peers"].items() if peer["status"] == "refused"}
         assert all(refused.values())
-        assert ("padded" in one["peers"]) == one["case"]["packed"]
-        training = one["case"]["mode"] == "training"
-        assert ("onnxruntime" in refused) >= training
+        rnn, training = one["case"]["kind"] == "rnn", one["case"]["mode"] == "training"
+        assert ("padded" in one["peers"]) == (rnn and one["case"]["packed"])
+        assert ("onnxruntime" in refused) >= (rnn and training)
+        assert ("eager" in one["peers"]) == (one["case"]["kind"] == "attention")
 
     loaded = results.load(files[0])
     assert [str(one.case) for one in loaded.results] == [one["name"] for one in value["results"]]
@@ -79,11 +80,11 @@ def test_run_writes_json_and_csv(
 def test_a_wrong_peer_gets_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(peers.PEERS, "stepwise", peers.Peer("a wrong one", broken))
+    monkeypatch.setitem(rnn_peers.BUILD, "stepwise", broken)
     chosen = ["--set", "smoke", "--case", "LSTM inference B2 T3 I4 H8", "--peers", "fusedseq", "torch", "stepwise"]
     assert bench([*chosen, "--budget", "0.01", "--json", str(tmp_path / "r.json")]) == 1
     assert "WRONG stepwise" in capsys.readouterr().out
-    (one,) = (r for r in json.loads((tmp_path / "r.json").read_text())["results"] if not r["case"]["proj"])
+    (one,) = (r for r in json.loads((tmp_path / "r.json").read_text())["results"] if not r["case"].get("proj"))
     wrong = one["peers"]["stepwise"]
     assert (wrong["status"], wrong["median"], wrong["samples"]) == ("wrong", None, [])
     assert wrong["error"] == pytest.approx(1e-3, rel=0.01)
@@ -141,7 +142,7 @@ def test_compare_of_the_installed_package_with_itself(capsys: pytest.CaptureFixt
 
 
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(table, "PROCESSES", 1)
+    monkeypatch.setattr(memory, "PROCESSES", 1)
     sizes = ["--batch", "2", "--length", "3", "--inputs", "2", "--hidden", "8", "--layers", "1", "--steps", "2"]
     path = tmp_path / "table.json"
     assert bench(["table", "--model", "GRU", *sizes, "--budget", "0.05", "--json", str(path)]) == 0
