@@ -95,7 +95,7 @@ def blocked(
     q, k, v, dout = (t.to(dtype) for t in (p.q, p.k, p.v, dout))
     out, dq, dk, dv = (torch.zeros_like(t) for t in (dout, q, k, v))
     plain_q, plain_k = torch.zeros_like(q), torch.zeros_like(k)
-    kept = reference.dropout_scale(p) if p.dropout_p else None
+    kept = reference.dropout_scale(p._replace(q=q)) if p.dropout_p else None
     for rows in torch.arange(L, device=p.q.device).split(max(1, BLOCK // (B * S))):
         seen = reference.visible(p, rows)[0, 0]
         columns = seen.any(0).nonzero()

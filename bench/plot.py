@@ -269,18 +269,18 @@ def scaling(run: Run, results: Sequence[CaseResult], variable: str) -> Figure:
 
 def memory(run: Run, peaks: Sequence[Peak]) -> Figure:
     """Peak memory over L: a column for each dropout, a line per peer, beside lines of growth with L and with L^2."""
-    of = [(one.case.fields(), one.peer, one.bytes / 1e6) for one in peaks if one.bytes]
-    found = [(sizes["dropout"], sizes["L"], peer, megabytes) for sizes, peer, megabytes in of]
+    measured = [one for one in peaks if one.bytes]
+    found: list[tuple[float, int, str, float]] = []
+    for one in measured:
+        sizes = one.case.fields()
+        found.append((sizes["dropout"], sizes["L"], one.peer, (one.bytes or 0) / 1e6))
     dropouts = sorted({dropout for dropout, *_ in found})
     height = 4.6
-    figure, grid = plt.subplots(
-        1, len(dropouts), figsize=(1.2 + 3.9 * len(dropouts), height), sharey=True, squeeze=False
-    )
+    width = 1.2 + 3.9 * len(dropouts)
+    figure, grid = plt.subplots(1, len(dropouts), figsize=(width, height), sharey=True, squeeze=False)
     drawn = []
     for ax, dropout in zip(grid[0], dropouts, strict=True):
-        here = [
-            (case.fields()["L"], peer, size / 1e6) for case, peer, size in found if case.fields()["dropout"] == dropout
-        ]
+        here = [(L, peer, megabytes) for one, L, peer, megabytes in found if one == dropout]
         lengths = sorted({L for L, _, _ in here})
         for name, (colour, shape) in STYLES.items():
             points = sorted((L, megabytes) for L, peer, megabytes in here if peer == name)
@@ -305,12 +305,12 @@ def memory(run: Run, peaks: Sequence[Peak]) -> Figure:
         ax.grid(color="#e5e5e5", lw=0.6)
         ax.set_title(f"dropout {dropout:g}" if dropout else "no dropout", fontsize=9, loc="left")
         ax.set_xlabel(SIZES["L"])
-    grid[0][0].set_ylabel("peak memory beyond the inputs [MB]")
-    left = 0.75 / figure.get_size_inches()[0]
-    figure.subplots_adjust(left=left, right=0.985, top=1 - 1.0 / height, bottom=0.5 / height, wspace=0.08)
+    grid[0][0].set_ylabel("MB")
+    figure.subplots_adjust(left=0.75 / width, right=0.985, top=1 - 1.0 / height, bottom=0.5 / height, wspace=0.08)
     _legend(figure, [_mark(name, line="-") for name in STYLES if name in drawn], height)
-    one = of[0][0]
-    heading(figure, f"Memory of attention, forward + backward (B{one['B']} H{one['H']} E{one['E']})", run)
+    case = measured[0].case
+    given = " ".join(f"{name}{case.fields()[name]}" for name in ("B", "H", "E", "d") if name in case.fields())
+    heading(figure, f"Peak memory beyond the inputs: {case.family} {case.mode} ({given})", run)
     return figure
 
 

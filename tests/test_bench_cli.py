@@ -134,11 +134,12 @@ def test_compare_of_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 def test_compare_of_the_installed_package_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--set", "smoke", "--case", "RNN inference B2 T3", "RNNCell inference", "--budget", "0.2"]
+    chosen = ["--set", "smoke", "--budget", "0.2", "--case", "RNN inference B2 T3", "RNNCell inference"]
+    chosen += ["attention training B2 H2", "EncoderLayer training B2 L5 d16 H2 dropout0.1"]
     assert bench(["compare", ".", ".", *chosen]) == 0
     printed = capsys.readouterr().out
     assert "RNN inference B2 T3 I4 H8" in printed
-    assert sum(int(n) for n in printed.splitlines()[-1].replace(",", "").split() if n.isdigit()) == 2
+    assert sum(int(n) for n in printed.splitlines()[-1].replace(",", "").split() if n.isdigit()) == 4
 
 
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
