@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -25,8 +25,11 @@ BLOCK = 2**22
 
 
 class AttentionWork(Work):
-    def __init__(self, case: AttentionCase, seed: int = 0) -> None:
+    """With `stepwise` the yardstick is the specification with every step rounded to the dtype of the case."""
+
+    def __init__(self, case: AttentionCase, seed: int = 0, stepwise: bool = False) -> None:
         super().__init__(case)
+        self.stepwise = stepwise or case.dropout > 0  # torch's random numbers are not the specification's
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -46,6 +49,9 @@ class AttentionWork(Work):
     def training(self) -> bool:
         return bool(self.case.mode == "training")
 
+    def key(self) -> Hashable:
+        return self.case, self.stepwise
+
     def table(self) -> Tensor:
         """Which keys a query sees, bool [L, S]."""
         return reference.visible(self.problem)[0, 0]
@@ -56,9 +62,9 @@ class AttentionWork(Work):
         return outcome
 
     def yardstick(self) -> Outcome:
-        """torch's own kernel; with dropout, whose numbers differ, the specification in the dtype of the case."""
+        """torch's own kernel, unless it is to be the specification in the dtype of the case."""
         case = self.case
-        if case.dropout:
+        if self.stepwise:
             outcome, _ = blocked(self.problem, self.dout, self.dtype, self.training)
             return outcome
         table = self.table() if case.window else None
@@ -77,9 +83,9 @@ class AttentionWork(Work):
         return judge_attention(outcome, AttentionBaseline(inputs, truth, yardstick, self._terms))
 
 
-def without_dropout(work: AttentionWork) -> AttentionWork:
+def without_dropout(work: AttentionWork, stepwise: bool = False) -> AttentionWork:
     """The same tensors: what a peer is judged by whose random numbers are its own."""
-    return AttentionWork(work.case.but(dropout=0.0)) if work.case.dropout else work
+    return AttentionWork(work.case.but(dropout=0.0), stepwise=stepwise)
 
 
 def blocked(

@@ -6,7 +6,7 @@ import datetime
 import gc
 import math
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +158,17 @@ def run_case(
 
 
 class Gates:
-    """The gate of a case, and those of the cases that some of its peers are judged by, made when first needed."""
+    """The gate of a case, and those of what else some of its peers are judged by, made when first needed."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._gates: dict[Case, Gate] = {}
+        self._gates: dict[Hashable, Gate] = {}
 
     def judge(self, runner: Runner) -> Verdict:
         work = runner.judged_by or self._work
-        gate = self._gates.get(work.case)
+        gate = self._gates.get(work.key())
         if gate is None:
-            gate = self._gates[work.case] = Gate(work)
+            gate = self._gates[work.key()] = Gate(work)
         return gate.judge(runner.results())
 
     def forget(self) -> None:

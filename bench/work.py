@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ class Work(ABC):
     def __init__(self, case: Case) -> None:
         self.case: Any = case  # each kind of work knows its kind of case
         self.dtype: torch.dtype = getattr(torch, case.dtype)
+
+    def key(self) -> Hashable:
+        """Works with the same key have the same truth and yardstick."""
+        return self.case
 
     @abstractmethod
     def truth(self) -> Outcome:

@@ -66,7 +66,7 @@ def test_the_truth_by_blocks_is_the_specification(case: AttentionCase, monkeypat
 def test_every_form_of_a_peer_is_right(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is the fastest somewhere."""
 
-    def all_of(work: Any, forms: Callable[[float], Mapping[str, Any]]) -> Any:
+    def all_of(work: Any, forms: Callable[[float], Mapping[str, Any]], stepwise: bool = False) -> Any:
         taken.append(forms(0.0))
         return Refusal("all forms are taken")
 
@@ -88,7 +88,8 @@ def test_every_form_of_a_peer_is_right(case: AttentionCase, monkeypatch: pytest.
 
 
 def test_the_fastest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([0.3] * attention_peers.TRIALS + [0.1] * attention_peers.TRIALS)
+    trials = attention_peers.TRIALS
+    seconds = iter([0.2, *[0.2] * trials, 5.0, 0.2, *[0.1] * trials])
     monkeypatch.setattr(attention_peers, "timed", lambda call, number: next(seconds))
     called: list[str] = []
 
@@ -96,7 +97,7 @@ def test_the_fastest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda q, k, v: called.append(name) or q
 
     work = small(SMALL[0].but(mode="inference"))
-    built = attention_peers._fastest(work, lambda dropout: {name: form(name) for name in ("slow", "fast")})
+    built = attention_peers._fastest(work, lambda dropout: {name: form(name) for name in ("slow", "long", "fast")})
     called.clear()
     built.call()
     assert called == ["fast"]
@@ -144,6 +145,23 @@ def test_dropout_is_compared_where_numbers_are_known() -> None:
     q, k, v, mask = work.q, work.k, work.v, fusedseq.Mask("top-left")
     other = fusedseq.attention(q, k, v, mask=mask, dropout_p=case.dropout, seed=attention_work.SEED + 1)
     assert gates.judge(Runner(ours.call, lambda: {**ours.results(), "out": other})).wrong
+
+
+def test_a_half_type_is_judged_strictly_but_for_eager() -> None:
+    """Ours by twice the error of torch's kernel, a peer that rounds between its steps by such steps."""
+    case = AttentionCase("attention", "inference", 1, 4, 96, 32, dtype="bfloat16")
+    work = small(case)
+    gates = run.Gates(work)
+    ours, eager = runner("fusedseq", work), runner("eager", work)
+    assert ours.judged_by is None
+    assert isinstance(eager.judged_by, attention_work.AttentionWork)
+    assert eager.judged_by.stepwise
+    assert not work.stepwise
+    assert gates.judge(ours).wrong is None
+    assert gates.judge(eager).wrong is None
+    assert len(gates._gates) == 2
+    off = {"out": eager.results()["out"] * 1.05}
+    assert gates.judge(Runner(eager.call, lambda: off, judged_by=eager.judged_by)).wrong
 
 
 def test_flex_masks_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
