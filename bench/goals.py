@@ -58,6 +58,11 @@ def rows(results: Iterable[CaseResult]) -> list[GoalRow]:
 
 
 def slower(results: Iterable[CaseResult]) -> list[tuple[CaseResult, str, float]]:
-    """The cases in which a rival is faster: the result, the rival and our ratio to it, the worst first."""
-    found = [(result, best, result.ratio(best) or 1.0) for result in results if (best := result.best())]
+    """The cases of sets with a goal in which a rival is faster: the result, the rival, our ratio; the worst first."""
+    aimed = {name for name, one in SETS.items() if one.goal is not None}
+    found = [
+        (result, best, result.ratio(best) or 1.0)
+        for result in results
+        if aimed.intersection(result.sets) and (best := result.best())
+    ]
     return sorted((one for one in found if one[2] < 1), key=lambda one: one[2])

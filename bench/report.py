@@ -11,7 +11,6 @@ from rich.table import Table
 
 from . import goals
 from .case import Case
-from .cases import SETS
 from .compare import Change, Comparison
 from .memory import Peak
 from .results import OURS, CaseResult, Run, summarize
@@ -130,7 +129,7 @@ def goal_rows(results: Sequence[CaseResult], out: Console) -> None:
         halves = [f"{_half(row, mode):<31}" for mode in ("inference", "training")]
         line = f"{row.name:<17}  {row.about:<{width}}  {'  '.join(halves)}".rstrip()
         out.print(escape(line), soft_wrap=True)
-    for result, best, ratio in goals.slower([one for one in results if any(SETS[s].goal for s in one.sets)]):
+    for result, best, ratio in goals.slower(results):
         mine, theirs = milliseconds(result.median(OURS)), milliseconds(result.median(best))
         out.print(
             f"[red]slower than {best}:[/] {result.case}: {ratio:.2f}x ({mine} ms, {theirs} ms)", soft_wrap=True
