@@ -69,7 +69,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(sizes.I, sizes.H)
         self.positions = nn.Parameter(0.02 * torch.randn(sizes.T, sizes.H))
-        layer = library.TransformerEncoderLayer(sizes.H, HEADS, 4 * sizes.H, DROPOUT, batch_first=True)
+        # GELU, as ReLU's kink turns a rounding error into another gradient, and parity could not be judged.
+        layer = library.TransformerEncoderLayer(sizes.H, HEADS, 4 * sizes.H, DROPOUT, "gelu", batch_first=True)
         self.backbone = library.TransformerEncoder(layer, sizes.layers)
         self.head = nn.Linear(sizes.H, 1)
 

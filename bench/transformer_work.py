@@ -15,6 +15,9 @@ from fusedseq.testing.compare import Error, judge
 from .transformer_cases import TransformerCase
 from .work import Outcome, Runner, Work
 
+# Some eight times the spread of the sums that ReLU is given.
+FIRM = 5.0
+
 
 def build(library: ModuleType, case: TransformerCase) -> nn.Module:
     """The module of torch.nn or fusedseq."""
@@ -53,6 +56,11 @@ class TransformerWork(Work):
                 for parameter in self.module.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(0.1 * torch.randn_like(parameter))
+                if case.layer:
+                    # Each unit is firmly on or off: where a sum lies within rounding of ReLU's kink, a gradient that
+                    # is right by its own sum is far from that of the truth.
+                    first: Any = self.module.linear1
+                    first.bias.copy_(FIRM * (2.0 * (torch.arange(4 * case.d) % 2) - 1))
         self.module.to(case.device, self.dtype)
 
     def truth(self) -> Outcome:
