@@ -180,6 +180,20 @@ print(size / 2**20)
     assert 20 < float(done.stdout) < 40
 
 
+def test_memory_growth_counts_what_was_freed_before() -> None:
+    code = """
+import torch
+from fusedseq.bench import memory
+held = [torch.ones(1 << 14) for _ in range(400)]  # too small to be mapped each on its own
+last = torch.ones(1 << 14)
+del held
+size, how = memory.growth(lambda: [torch.ones(1 << 14) for _ in range(300)])
+print(size / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 18 < float(done.stdout) < 25
+
+
 def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     assert command(["info", "--json"]) == 0
