@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cases import DEFAULT_SETS, DEVICES, DTYPES, FAMILIES, MODES, SETS, Case, select
+from .case import DEVICES, DTYPES, MODES, Case
+from .cases import DEFAULT_SETS, FAMILIES, GROUPS, SETS, select
 
 EXTRA = 'pip install "fusedseq[bench]"'
 
@@ -22,11 +23,13 @@ def need(module: str, what: str) -> None:
         raise UsageError(f"{what} needs {module}, which is not installed: {EXTRA}")
 
 
-def add_choice(parser: argparse.ArgumentParser, default_sets: Sequence[str] = DEFAULT_SETS) -> None:
-    """The options that say which cases run, with what and for how long."""
+def add_choice(
+    parser: argparse.ArgumentParser, default_sets: Sequence[str] = DEFAULT_SETS, budget: bool = True
+) -> None:
+    """The options that say which cases run, with what and, with `budget`, for how long."""
     what = parser.add_argument_group("what to run")
     which = {
-        "--set": ("sets", "SET", [*SETS, "all"], list(default_sets)),
+        "--set": ("sets", "SET", [*SETS, *GROUPS], list(default_sets)),
         "--family": ("families", "FAMILY", FAMILIES, list(FAMILIES)),
         "--mode": ("modes", "MODE", MODES, list(MODES)),
         "--dtype": ("dtypes", "DTYPE", DTYPES, ["float32"]),
@@ -42,14 +45,15 @@ def add_choice(parser: argparse.ArgumentParser, default_sets: Sequence[str] = DE
     how = parser.add_argument_group("how")
     said = "threads for every peer; several numbers run every case with each (default: torch's choice)"
     how.add_argument("--threads", nargs="+", type=positive(int), default=[0], metavar="N", help=said)
+    if not budget:
+        return
     said = "time for each case, shared by all who run it (default: 2)"
     how.add_argument("--budget", type=positive(float), default=2.0, metavar="SECONDS", help=said)
 
 
 def chosen(options: argparse.Namespace) -> dict[Case, list[str]]:
-    sets = [name for name in SETS if name != "smoke"] if "all" in options.sets else options.sets
     o = options
-    return select(sets, o.families, o.modes, o.patterns, o.dtypes, o.devices, o.threads)
+    return select(o.sets, o.families, o.modes, o.patterns, o.dtypes, o.devices, o.threads)
 
 
 def runnable(cases: dict[Case, list[str]], options: argparse.Namespace) -> dict[Case, list[str]]:

@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .compare import Comparison
+    from .memory import Peak
 
 RUN_HELP = """\
 other commands:
   fusedseq bench plot RESULT.json --out DIR   pictures of a result
   fusedseq bench compare A B                  two results, or two git revisions measured in turns
+  fusedseq bench goals RESULT.json ...        attention's goals beside what was measured
+  fusedseq bench memory --out DIR             peak memory of attention over the length of the sequence
   fusedseq bench table                        models x training samples per second x peak memory
 
 examples:
   fusedseq bench                              the sets grid and quick
   fusedseq bench --set cells streaming --peers fusedseq torch
+  fusedseq bench --set attention              all of attention and the Transformer's modules, beside their goals
   fusedseq bench --case "LSTM training B64" --dtype bfloat16 --json out/bf16.json
 """
 
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusedseq bench",
-        usage="fusedseq bench [options] | plot | compare | table",
+        usage="fusedseq bench [options] | plot | compare | goals | memory | table",
         description="Times fusedseq beside its peers, in turns, after checking that all give the same results.",
         epilog=RUN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -108,6 +112,7 @@ def run(arguments: Sequence[str]) -> int:
                 save_csv(result, options.csv)
     out.print()
     report.summary(result.results, out)
+    report.goal_rows(result.results, out)
     report.refusals(result.results, out)
     if len(kept) < len(cases):
         out.print(f"\nleft out: {len(cases) - len(kept)} large cases, meant for a GPU; --large runs them here")
@@ -216,6 +221,80 @@ def _compare_revisions(options: argparse.Namespace, out: Console) -> Comparison:
     return found
 
 
+def goals(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fusedseq bench goals",
+        description="The sets with a goal, one line for each, and every case in which a peer is faster.",
+    )
+    said = "written by `fusedseq bench --json`; of a case in several, the last counts"
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help=said)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all the cases, one line for each case and peer")
+    options = parser.parse_args(arguments)
+    need("rich", "printing results")
+    from . import report
+    from .goals import rows
+    from .results import load, merge, save_csv
+
+    run = merge([load(path) for path in options.results])
+    if not rows(run.results):
+        raise UsageError(
+            f"{', '.join(map(str, options.results))}: no case of a set with a goal was timed beside a peer"
+        )
+    report.goal_rows(run.results, report.console())
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        save_csv(run, options.csv)
+    return 0
+
+
+MEMORY_PEERS = ("fusedseq", "torch", "eager")
+
+
+def memory(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fusedseq bench memory",
+        description="Peak memory of a call beyond its inputs, each peer of each case in fresh processes; a picture of "
+        "it over the length of the sequence, as PNG and SVG.",
+    )
+    add_choice(parser, ("attention-memory",), budget=False)
+    said = f"of {', '.join(PEERS)} (default: {' '.join(MEMORY_PEERS)})"
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=MEMORY_PEERS, metavar="PEER", help=said)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    options = parser.parse_args(arguments)
+    need("rich", "printing results")
+    if options.out:
+        need("matplotlib", "drawing pictures")
+    from . import report
+    from .memory import peaks
+    from .run import begin
+
+    cases = runnable(chosen(options), options)
+    if options.out and any("L" not in case.fields() or "dropout" not in case.fields() for case in cases):
+        raise UsageError("argument --out: expected cases of attention, which have a length L; others are only printed")
+    out = report.console()
+    about = begin({"sets": options.sets, "peers": list(options.peers)})
+    report.header(about, out)
+    peers = [name for name in PEERS if name in options.peers]
+    found: list[Peak] = []
+    with progress(out, len(cases)) as (told, advance):
+        for case in cases:
+            found += peaks([case], peers, told)
+            advance()
+    report.memory_rows(found, out)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {**about.about, "memory": [one.as_json() for one in found]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if not any(one.bytes for one in found):
+        raise UsageError("nothing was measured; the reasons are above")
+    if options.out:
+        from .plot import plot_memory
+
+        print("\n".join(map(str, plot_memory(about, found, options.out))))
+    return 0
+
+
 def table(arguments: Sequence[str]) -> int:
     from .table import MODELS, Sizes, rows
 
@@ -268,4 +347,11 @@ def table(arguments: Sequence[str]) -> int:
     return 1 if any(row.wrong for row in found) else 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "plot": plot, "compare": compare, "table": table}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run,
+    "plot": plot,
+    "compare": compare,
+    "goals": goals,
+    "memory": memory,
+    "table": table,
+}

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .cases import Case
+from .case import Case
 from .results import OURS, CaseResult
 
 # Below this no change is believed: two runs of the same code differ by as much.

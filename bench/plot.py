@@ -1,9 +1,9 @@
-"""Pictures of a result: speed-ups, a roofline, and growth over T, B and H; each as PNG and SVG."""
+"""Pictures of a result: speed-ups, a roofline, growth over a size, memory; each as PNG and SVG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from .cases import FAMILIES, MODES
+from .case import MODES
+from .cases import FAMILIES
+from .memory import Peak
 from .results import OURS, CaseResult, Run
 
 # Okabe and Ito's colours, told apart by every kind of eye; shapes differ as well.
@@ -27,16 +29,19 @@ STYLES = {
     "cudnn": ("#000000", "s"),
     "onnxruntime": ("#E69F00", "D"),
     "stepwise": ("#009E73", "^"),
+    "eager": ("#E69F00", "^"),
+    "flex": ("#009E73", "D"),
     "compile": ("#CC79A7", "v"),
     "padded": ("#56B4E9", "P"),
     "frozen": ("#F0E442", "X"),
 }
 NAMES = {
-    "torch": "torch.nn",
     "padded": "fusedseq, padded",
     "frozen": "fusedseq, frozen",
     "compile": "torch.compile",
-    "cudnn": "torch.nn (cuDNN)",
+    "flex": "FlexAttention",
+    "eager": "eager matmul, softmax, matmul",
+    "cudnn": "torch (cuDNN)",
 }
 SLOWER = "#D55E00"
 SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
@@ -44,12 +49,24 @@ SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": 
 PER_FIGURE = 45
 
 
+SIZES = {"T": "time steps T", "B": "batch B", "H": "hidden size H", "L": "queries and keys L"}
+
+
 def plot(run: Run, folder: Path) -> list[Path]:
     """Draw what the result has data for; the files written."""
+    return _save(figures(run), folder)
+
+
+def plot_memory(run: Run, peaks: Sequence[Peak], folder: Path) -> list[Path]:
+    """Draw peak memory over the length of the sequence; the files written."""
+    return _save((("memory", memory(run, peaks)) for _ in range(1)), folder)
+
+
+def _save(drawn: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with plt.rc_context(SETTINGS):
-        for name, figure in figures(run):
+        for name, figure in drawn:
             for kind in ("png", "svg"):
                 path = folder / f"{name}.{kind}"
                 # Without the date a picture of the same data is the same file.
@@ -71,15 +88,10 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
     timed = [result for result in run.results if result.median(OURS) and result.peak]
     if timed:
         yield "roofline", roofline(run, timed)
-    sizes: dict[str, Callable[[CaseResult], int]] = {
-        "T": lambda result: result.case.T,
-        "B": lambda result: result.case.B,
-        "H": lambda result: result.case.H,
-    }
-    for variable, size in sizes.items():
+    for variable in SIZES:
         grown = [result for result in timed if f"scaling-{variable}" in result.sets]
         if grown:
-            yield f"scaling-{variable}", scaling(run, grown, variable, size)
+            yield f"scaling-{variable}", scaling(run, grown, variable)
 
 
 def heading(figure: Figure, title: str, run: Run) -> None:
@@ -90,7 +102,7 @@ def heading(figure: Figure, title: str, run: Run) -> None:
 
 
 def speedup(run: Run, results: Sequence[CaseResult]) -> Figure:
-    """A bar per case from 1 to our speed-up over torch.nn; marks where the other peers stand on the same scale."""
+    """A bar per case from 1 to our speed-up over torch; marks where the other peers stand on the same scale."""
     height = 1.25 + 0.21 * len(results)
     figure, ax = plt.subplots(figsize=(9, height))
     peers = []
@@ -120,16 +132,14 @@ def speedup(run: Run, results: Sequence[CaseResult]) -> Figure:
     _log(ax, values)
     ax.grid(axis="x", color="#dddddd", lw=0.6, zorder=0)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("speed-up over torch.nn eager (log scale; right is faster)")
+    ax.set_xlabel("speed-up over torch eager (log scale; right is faster)")
     handles = [Line2D([], [], color=STYLES[OURS][0], lw=6, solid_capstyle="butt", label="fusedseq")]
     if min(result.ratio(result.torch()) or 1 for result in results) < 1:
-        handles.append(
-            Line2D([], [], color=SLOWER, lw=6, solid_capstyle="butt", label="fusedseq, slower than torch.nn")
-        )
+        handles.append(Line2D([], [], color=SLOWER, lw=6, solid_capstyle="butt", label="fusedseq, slower than torch"))
     handles += [_mark(name) for name in STYLES if name in peers]
     figure.subplots_adjust(left=0.36, right=0.87, top=1 - 0.85 / height, bottom=0.5 / height)
     _legend(figure, handles, height)
-    heading(figure, "Speed-up over torch.nn", run)
+    heading(figure, "Speed-up over torch", run)
     return figure
 
 
@@ -142,7 +152,14 @@ def roofline(run: Run, results: Sequence[CaseResult]) -> Figure:
     results = [result for result in results if result.threads == threads]
     ceiling = run.ceilings[str(threads)]
     shapes = {"inference": "o", "training": "s", "streaming": "^"}
-    colours = {"LSTM": "#0072B2", "GRU": "#E69F00", "RNN": "#009E73"}
+    colours = {
+        "LSTM": "#0072B2",
+        "GRU": "#E69F00",
+        "RNN": "#009E73",
+        "attention": "#CC79A7",
+        "TransformerEncoderLayer": "#D55E00",
+        "MultiheadAttention": "#56B4E9",
+    }
     xs, ys = [], []
     for result in results:
         x, y = result.operations / result.bytes, result.operations / (result.median(OURS) or math.inf)
@@ -150,7 +167,7 @@ def roofline(run: Run, results: Sequence[CaseResult]) -> Figure:
         ys.append(y)
         case = result.case
         face = colours[case.family.removesuffix("Cell")]
-        hollow = case.cell
+        hollow = case.family.endswith("Cell")
         ax.plot(
             x, y / 1e9, shapes[case.mode], ms=6, mfc="white" if hollow else face, mec=face, mew=1.2, zorder=3, alpha=0.9
         )
@@ -179,7 +196,7 @@ def roofline(run: Run, results: Sequence[CaseResult]) -> Figure:
         for mode in shapes
         if mode in modes
     ]
-    if any(result.case.cell for result in results):
+    if any(result.case.family.endswith("Cell") for result in results):
         handles.append(Line2D([], [], marker="o", ls="", mfc="white", mec="#777777", label="a cell"))
     figure.subplots_adjust(left=0.1, right=0.97, top=1 - 0.85 / 6, bottom=0.1)
     _legend(figure, handles, 6)
@@ -201,8 +218,13 @@ def _roof(ax: Axes, left: float, right: float, peak: float, bandwidth: float, st
     )  # fmt: skip
 
 
-def scaling(run: Run, results: Sequence[CaseResult], variable: str, size: Callable[[CaseResult], int]) -> Figure:
+def scaling(run: Run, results: Sequence[CaseResult], variable: str) -> Figure:
     """Time over one size: a column per family, a row per mode, a line per peer."""
+
+    def size(result: CaseResult) -> int:
+        found: int = getattr(result.case, variable)
+        return found
+
     families = list(dict.fromkeys(result.case.family for result in results))
     modes = list(dict.fromkeys(result.case.mode for result in results))
     height = 1.2 + 2.4 * len(modes)
@@ -231,12 +253,64 @@ def scaling(run: Run, results: Sequence[CaseResult], variable: str, size: Callab
             if column == 0:
                 ax.set_ylabel("ms per call")
             if row == len(modes) - 1:
-                ax.set_xlabel({"T": "time steps T", "B": "batch B", "H": "hidden size H"}[variable])
+                ax.set_xlabel(SIZES[variable])
     handles = [_mark(name, line="-") for name in STYLES if name in drawn]
     figure.subplots_adjust(left=0.085, right=0.985, top=1 - 1.0 / height, bottom=0.5 / height, hspace=0.28, wspace=0.08)
     _legend(figure, handles, height)
-    fixed = {"T": "B{0.B} I{0.I} H{0.H}", "B": "T{0.T} I{0.I} H{0.H}", "H": "B{0.B} T{0.T}, I = H"}[variable]
+    fixed = {
+        "T": "B{0.B} I{0.I} H{0.H}",
+        "B": "T{0.T} I{0.I} H{0.H}",
+        "H": "B{0.B} T{0.T}, I = H",
+        "L": "B{0.B} H{0.H} E{0.E}",
+    }[variable]
     heading(figure, f"Growth over {variable} ({fixed.format(results[0].case)})", run)
+    return figure
+
+
+def memory(run: Run, peaks: Sequence[Peak]) -> Figure:
+    """Peak memory over L: a column for each dropout, a line per peer, beside lines of growth with L and with L^2."""
+    measured = [one for one in peaks if one.bytes]
+    found: list[tuple[float, int, str, float]] = []
+    for one in measured:
+        sizes = one.case.fields()
+        found.append((sizes["dropout"], sizes["L"], one.peer, (one.bytes or 0) / 1e6))
+    dropouts = sorted({dropout for dropout, *_ in found})
+    height = 4.6
+    width = 1.2 + 3.9 * len(dropouts)
+    figure, grid = plt.subplots(1, len(dropouts), figsize=(width, height), sharey=True, squeeze=False)
+    drawn = []
+    for ax, dropout in zip(grid[0], dropouts, strict=True):
+        here = [(L, peer, megabytes) for one, L, peer, megabytes in found if one == dropout]
+        lengths = sorted({L for L, _, _ in here})
+        for name, (colour, shape) in STYLES.items():
+            points = sorted((L, megabytes) for L, peer, megabytes in here if peer == name)
+            if not points:
+                continue
+            drawn.append(name)
+            xs, ys = zip(*points, strict=True)
+            ax.plot(xs, ys, shape + "-", color=colour, ms=4, lw=1.5 if name == OURS else 1, zorder=3)
+        longest = [megabytes for L, _, megabytes in here if lengths[-1] == L]
+        for power, anchor in ((1, min(longest)), (2, max(longest))):
+            ends = [anchor * (L / lengths[-1]) ** power for L in (lengths[0], lengths[-1])]
+            ax.plot([lengths[0], lengths[-1]], ends, ":", color="#888888", lw=1, zorder=1)
+            label = "~ L" if power == 1 else "~ L\u00b2"
+            ax.annotate(
+                label, (lengths[0], ends[0]), xytext=(2, 4), textcoords="offset points", fontsize=8, color="#555555"
+            )  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(lengths, [f"{L}" for L in lengths], fontsize=7.5)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.grid(color="#e5e5e5", lw=0.6)
+        ax.set_title(f"dropout {dropout:g}" if dropout else "no dropout", fontsize=9, loc="left")
+        ax.set_xlabel(SIZES["L"])
+    grid[0][0].set_ylabel("MB")
+    figure.subplots_adjust(left=0.75 / width, right=0.985, top=1 - 1.0 / height, bottom=0.5 / height, wspace=0.08)
+    _legend(figure, [_mark(name, line="-") for name in STYLES if name in drawn], height)
+    case = measured[0].case
+    given = " ".join(f"{name}{case.fields()[name]}" for name in ("B", "H", "E", "d") if name in case.fields())
+    heading(figure, f"Peak memory beyond the inputs: {case.family} {case.mode} ({given})", run)
     return figure
 
 

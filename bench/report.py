@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cases import Case
+from . import goals
+from .case import Case
 from .compare import Change, Comparison
+from .memory import Peak
 from .results import OURS, CaseResult, Run, summarize
 from .table import Row
 
@@ -46,7 +48,7 @@ class Lines:
         return f"{name:<{self.width}}  {theirs:>12}  {ours:>12}  {ratio:>8}  {best:<20} {peak:>7}"
 
     def head(self) -> None:
-        titles = ("ms torch.nn", f"ms {OURS}", "torch/us", "best peer/us", "of peak")
+        titles = ("ms torch", f"ms {OURS}", "torch/us", "best peer/us", "of peak")
         self.out.print(f"[bold]{self._line('case', *titles)}[/]", soft_wrap=True)
 
     def add(self, result: CaseResult) -> None:
@@ -97,7 +99,7 @@ def summary(results: Sequence[CaseResult], out: Console) -> None:
     rows = summarize(results)
     if not rows:
         return
-    table = Table(title="how many times faster than torch.nn, and than the best peer", title_justify="left")
+    table = Table(title="how many times faster than torch, and than the best peer", title_justify="left")
     for name in ("family", "mode"):
         table.add_column(name)
     # What all rows have in common is not repeated in each.
@@ -112,6 +114,37 @@ def summary(results: Sequence[CaseResult], out: Console) -> None:
         table.add_row(row.family, row.mode, *kind, str(row.cases), *(f"{value:.2f}" for value in values))
     out.print(table)
     out.print("Means are geometric; above 1 fusedseq is faster.")
+
+
+def goal_rows(results: Sequence[CaseResult], out: Console) -> None:
+    """A line for each set with a goal, and one for each case in which a peer is faster."""
+    rows = goals.rows(results)
+    if not rows:
+        return
+    out.print()
+    width = max(len(row.about) for row in rows)
+    out.print("[bold]how many times faster than the best peer: geometric mean (least), goal[/]")
+    out.print(f"[bold]{'set':<17}  {'':<{width}}  {'forward':<31}  forward + backward[/]", soft_wrap=True)
+    for row in rows:
+        halves = [f"{_half(row, mode):<31}" for mode in ("inference", "training")]
+        line = f"{row.name:<17}  {row.about:<{width}}  {'  '.join(halves)}".rstrip()
+        out.print(escape(line), soft_wrap=True)
+    for result, best, ratio in goals.slower(results):
+        mine, theirs = milliseconds(result.median(OURS)), milliseconds(result.median(best))
+        out.print(
+            f"[red]slower than {best}:[/] {result.case}: {ratio:.2f}x ({mine} ms, {theirs} ms)", soft_wrap=True
+        )  # fmt: skip
+
+
+def _half(row: goals.GoalRow, mode: str) -> str:
+    half = row.halves.get(mode)
+    if half is None:
+        return ""
+    unit = f" {row.unit}" if row.unit else ""
+    text = f"{half.mean:.2f} ({half.least:.2f}){unit}"
+    if half.goal is None:
+        return text
+    return f"{text}, >= {half.goal:g}: {'met' if half.met else 'missed'}"
 
 
 def refusals(results: Sequence[CaseResult], out: Console) -> None:
@@ -141,6 +174,23 @@ def listing(cases: dict[Case, list[str]], out: Console) -> None:
     for case, sets in cases.items():
         note = "  (large: meant for a GPU)" if case.large and case.device == "cpu" else ""
         out.print(f"{case!s:<{width}}  {' '.join(sets)}{note}", soft_wrap=True)
+
+
+def memory_rows(found: Sequence[Peak], out: Console) -> None:
+    """A line for each case, a column for each peer."""
+    peers = list(dict.fromkeys(one.peer for one in found))
+    table = Table(title="peak memory of a call beyond its inputs, MB (10^6 bytes)", title_justify="left")
+    table.add_column("case")
+    for name in peers:
+        table.add_column(name, justify="right")
+    for case in dict.fromkeys(one.case for one in found):
+        of = {one.peer: one.bytes for one in found if one.case == case}
+        cells = ["" if (size := of.get(name)) is None else f"{size / 1e6:,.1f}" for name in peers]
+        table.add_row(str(case), *cells)
+    out.print(table)
+    reasons = {(one.peer, one.reason): None for one in found if one.reason}
+    for name, reason in reasons:
+        out.print(f"  {name}: {escape(reason or '')}", soft_wrap=True)
 
 
 def sets(known: dict[str, Any], out: Console) -> None:

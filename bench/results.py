@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from .case import Case
 from .timing import Timing, middle
 
 SCHEMA = 1
@@ -168,6 +168,14 @@ COLUMNS = (
     "case", "sets", "family", "mode", "dtype", "device", "threads", "backend", "peer", "status", "median_s", "spread",
     "error", "ratio_to_fusedseq", "ratio_torch", "best_peer", "ratio_best", "of_peak", "operations", "bytes", "reason",
 )  # fmt: skip
+
+
+def merge(runs: list[Run]) -> Run:
+    """The cases of several results, such as of parts of a long run; of a case in more than one, the last."""
+    merged: dict[tuple[str, int], CaseResult] = {}
+    for run in runs:
+        merged |= {(str(result.case), result.threads): result for result in run.results}
+    return Run(runs[-1].about, runs[-1].ceilings, list(merged.values()))
 
 
 def save_csv(run: Run, path: Path) -> None:

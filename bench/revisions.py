@@ -17,7 +17,7 @@ import torch
 
 import fusedseq
 
-from .cases import Case, compulsory_bytes, operations
+from .case import Case
 from .results import OURS, CaseResult, PeerResult
 from .timing import PAUSE, plan, summary
 
@@ -147,7 +147,7 @@ def measure(
             ready = {i: worker.ask("prepare", case=case.fields(), threads=threads) for i, worker in enumerate(workers)}
             peers = _in_turns(workers, ready, budget)
             first, second = (
-                CaseResult(case, list(sets), threads, {OURS: peer}, "", operations(case), compulsory_bytes(case))
+                CaseResult(case, list(sets), threads, {OURS: peer}, "", case.operations(), case.compulsory_bytes())
                 for peer in peers
             )
             yield first, second

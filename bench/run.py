@@ -6,8 +6,7 @@ import datetime
 import gc
 import math
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 
 from fusedseq import info, registry
 
-from .cases import Case, compulsory_bytes, operations
+from .case import Case
 from .parity import Gate, Verdict
-from .peers import COMPANIONS, PEERS, eager, shown
+from .peers import PEERS, build, shown, takes
 from .results import CaseResult, PeerResult, Run
 from .timing import copy_bandwidth, fma_peak, interleave, read_bandwidth
-from .work import Refusal, Runner, Work
+from .work import Refusal, Runner, Work, make
 
 HERE = Path(__file__).resolve().parent
 
@@ -111,20 +110,21 @@ def run_case(
     runners: dict[str, Runner] = {}
     verdicts: dict[str, Verdict] = {}
     backends: set[str] = set()
-    work = Work(case)
+    work = make(case)
     gates = Gates(work)
+    peers = [name for name in peers if takes(name, case)]
     for name in peers:
         told(f"{case}: {name}")
         label = shown(name, case)
         with registry.record() as ran:
             try:
-                built = PEERS[name].build(work)
+                built = build(name, work)
                 if isinstance(built, Refusal):
-                    if name not in COMPANIONS:
+                    if not PEERS[name].companion:
                         results[label] = PeerResult("refused", reason=built.reason)
                     continue
                 runners[label] = built
-                verdicts[label] = gates.judge(name, built)
+                verdicts[label] = gates.judge(built)
             except Exception as error:  # one peer that breaks down must not take the other cases with it
                 verdicts[label] = Verdict(math.nan, f"raised {type(error).__name__}: {error}")
         if name == "fusedseq":
@@ -150,29 +150,25 @@ def run_case(
         threads=torch.get_num_threads(),
         peers={label: results[label] for label in labels},
         backend=" ".join(sorted(backends)),
-        operations=operations(case),
-        bytes=compulsory_bytes(case),
+        operations=case.operations(),
+        bytes=case.compulsory_bytes(),
         peak=peak(case, ceiling),
         rivals=[shown(name, case) for name in peers if PEERS[name].rival],
     )
 
 
 class Gates:
-    """The gate of a case, and that of its padded companion, made when first needed."""
+    """The gate of a case, and those of what else some of its peers are judged by, made when first needed."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._gates: dict[bool, Gate] = {}
+        self._gates: dict[Hashable, Gate] = {}
 
-    def judge(self, peer: str, runner: Runner) -> Verdict:
-        """A padded run of a packed case computes other numbers, so it has a truth of its own."""
-        padded = peer == "padded"
-        gate = self._gates.get(padded)
+    def judge(self, runner: Runner) -> Verdict:
+        work = runner.judged_by or self._work
+        gate = self._gates.get(work.key())
         if gate is None:
-            work = Work(replace(self._work.case, packed=False)) if padded else self._work
-            yardstick = eager(work)
-            assert isinstance(yardstick, Runner)
-            gate = self._gates[padded] = Gate(work, yardstick.results())
+            gate = self._gates[work.key()] = Gate(work)
         return gate.judge(runner.results())
 
     def forget(self) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +17,9 @@ from fusedseq.testing.compare import judge
 
 from . import gpu, memory
 from .timing import Timing, interleave
+from .transformer_work import without_dropout
 
 LIBRARIES: dict[str, ModuleType] = {"torch": nn, "fusedseq": fusedseq}
-# Fresh processes whose median is the peak memory: an allocator does not grow alike every time.
-PROCESSES = 3
 WATCHED_SECONDS = 1.0
 
 
@@ -62,12 +58,34 @@ def _recurrent(name: str) -> Callable[[ModuleType, Sizes], nn.Module]:
     return build
 
 
+HEADS = 4
+DROPOUT = 0.1
+
+
+class Encoder(nn.Module):
+    """Positions are learned; the last place speaks for the sequence, as in the recurrent rows."""
+
+    def __init__(self, library: ModuleType, sizes: Sizes) -> None:
+        super().__init__()
+        self.embed = nn.Linear(sizes.I, sizes.H)
+        self.positions = nn.Parameter(0.02 * torch.randn(sizes.T, sizes.H))
+        # GELU, as ReLU's kink turns a rounding error into another gradient, and parity could not be judged.
+        layer = library.TransformerEncoderLayer(sizes.H, HEADS, 4 * sizes.H, DROPOUT, "gelu", batch_first=True)
+        self.backbone = library.TransformerEncoder(layer, sizes.layers)
+        self.head = nn.Linear(sizes.H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, I] -> [B, 1]
+        y: Tensor = self.backbone(self.embed(x) + self.positions)
+        return self.head(y[:, -1])
+
+
 # A row of the table: a function of the library, torch.nn or fusedseq, and the sizes that gives a module from [B, T, I]
 # to [B, 1]. Both libraries' modules must have the same parameters.
 MODELS: dict[str, Callable[[ModuleType, Sizes], nn.Module]] = {
     "RNN": _recurrent("RNN"),
     "GRU": _recurrent("GRU"),
     "LSTM": _recurrent("LSTM"),
+    "Transformer": Encoder,
 }
 
 
@@ -115,17 +133,19 @@ class Training:
             self.module = MODELS[model](LIBRARIES[library], sizes).to(sizes.device, dtype)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-3)
 
-    def loss(self) -> Tensor:
-        return nn.functional.mse_loss(self.module(self.x), self.target)
+    def _loss(self, module: nn.Module) -> Tensor:
+        return nn.functional.mse_loss(module(self.x), self.target)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        self.loss().backward()
+        self._loss(self.module).backward()
         self.optimizer.step()
 
     def outcome(self) -> dict[str, Tensor]:
-        parameters = dict(self.module.named_parameters())
-        loss = self.loss()
+        """Loss and gradients without dropout, whose random numbers differ between the libraries."""
+        module = without_dropout(self.module)
+        parameters = dict(module.named_parameters())
+        loss = self._loss(module)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         found = {"d" + name: g for name, g in zip(parameters, gradients, strict=True)}
         return {name: t.detach().cpu() for name, t in {"loss": loss, **found}.items()}
@@ -147,16 +167,8 @@ def speeds(model: str, sizes: Sizes, budget: float) -> dict[str, Timing]:
 
 def peak(model: str, library: str, sizes: Sizes) -> int:
     """Bytes by which training grows a fresh process."""
-    request = json.dumps({"model": model, "library": library, "threads": torch.get_num_threads(), **asdict(sizes)})
-    code = f"import sys; from {__name__} import measure; measure(sys.argv[1])"
-    taken = []
-    for _ in range(PROCESSES):
-        done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip() or "no output").splitlines()[-1]
-            raise RuntimeError(f"measuring the memory of {model} ({library}) failed: {last}")
-        taken.append(int(done.stdout.split()[-1]))
-    return int(statistics.median(taken))
+    request = {"model": model, "library": library, "threads": torch.get_num_threads(), **asdict(sizes)}
+    return memory.fresh(__name__, "measure", request, f"{model} ({library})")
 
 
 def measure(request: str) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .case import Case
 from .parity import Gate
-from .peers import eager, ours
+from .peers import build
 from .timing import SHORT, timed
-from .work import Refusal, Runner, Work
+from .work import Refusal, Runner, make
 
 
 class Server:
@@ -29,11 +29,11 @@ class Server:
         """Build a case and check it; how long one call takes."""
         self.runner = None
         torch.set_num_threads(threads)
-        work = Work(Case.of(case))
-        mine, theirs = ours(work), eager(work)
-        if isinstance(mine, Refusal) or isinstance(theirs, Refusal):
-            return {"wrong": "the case cannot be built"}
-        verdict = Gate(work, theirs.results()).judge(mine.results())
+        work = make(Case.of(case))
+        mine = build("fusedseq", work)
+        if isinstance(mine, Refusal):
+            return {"wrong": mine.reason}
+        verdict = Gate(mine.judged_by or work).judge(mine.results())
         mine.call()
         self.runner, self.once = mine, timed(mine.call, 1)
         return {"wrong": verdict.wrong, "once": self.once}

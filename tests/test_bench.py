@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fusedseq.bench import choice, compare, deepbench, peers, results, run, timing, work
-from fusedseq.bench.cases import LARGE_OPERATIONS, SETS, Case, compulsory_bytes, operations, select
+from fusedseq.bench import choice, compare, deepbench, results, rnn_peers, rnn_work, run, timing, work
+from fusedseq.bench.case import LARGE_OPERATIONS, Case
+from fusedseq.bench.cases import SETS, select
 from fusedseq.bench.parity import Gate
+from fusedseq.bench.peers import build, takes
 from fusedseq.bench.results import CaseResult, PeerResult, Run
+from fusedseq.bench.rnn_cases import RecurrentCase
 
-TINY = Case("LSTM", "inference", B=2, T=3, I=4, H=8)
+TINY = RecurrentCase("LSTM", "inference", B=2, T=3, I=4, H=8)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ def test_every_case_prints_differently_and_survives_json() -> None:
 
 
 def test_the_sets_hold_what_they_promise() -> None:
-    def sizes(name: str, of: Callable[[Case], Any]) -> list[Any]:
+    def sizes(name: str, of: Callable[[Any], Any]) -> list[Any]:
         return sorted({of(case) for case in SETS[name].make()})
 
     assert len(select(["grid"])) == 30
@@ -77,25 +80,25 @@ def test_select_merges_sets_and_filters() -> None:
     chosen = select(["rl", "grid"], families=["GRU"], modes=["training"], patterns=["b16 *", "H128"])
     assert [str(case) for case in chosen] == ["GRU training B1 T100 I64 H128", "GRU training B16 T100 I64 H128"]
     both = select(["grid", "threads"], families=["RNN"], threads=[2])
-    named = Case("RNN", "inference", 16, 100, 64, 128, threads=2)
+    named = RecurrentCase("RNN", "inference", 16, 100, 64, 128, threads=2)
     assert both[named] == ["grid", "threads"]
     assert len(select(["smoke"], dtypes=["float32", "bfloat16"])) == 2 * len(select(["smoke"]))
 
 
 def test_operations_bytes_and_lengths() -> None:
-    case = Case("LSTM", "training", B=2, T=3, I=4, H=8)
-    assert operations(case) == 3 * 2 * (2 * 3) * (4 * 8) * (4 + 8)
-    assert compulsory_bytes(case) == 2 * 4 * (2 * 3 * (4 + 8) + 4 * 8 * (4 + 8))
-    wide = Case("GRU", "inference", B=1, T=1, I=4, H=8, layers=2, bidirectional=True, dtype="bfloat16")
-    assert operations(wide) == 2 * 2 * (3 * 8) * ((4 + 8) + (16 + 8))
-    projected = Case("LSTM", "inference", B=1, T=1, I=4, H=8, proj=5)
-    assert operations(projected) == 2 * (4 * 8 * (4 + 5) + 5 * 8)
-    packed = Case("RNN", "inference", B=5, T=100, I=4, H=8, packed=True)
+    case = RecurrentCase("LSTM", "training", B=2, T=3, I=4, H=8)
+    assert case.operations() == 3 * 2 * (2 * 3) * (4 * 8) * (4 + 8)
+    assert case.compulsory_bytes() == 2 * 4 * (2 * 3 * (4 + 8) + 4 * 8 * (4 + 8))
+    wide = RecurrentCase("GRU", "inference", B=1, T=1, I=4, H=8, layers=2, bidirectional=True, dtype="bfloat16")
+    assert wide.operations() == 2 * 2 * (3 * 8) * ((4 + 8) + (16 + 8))
+    projected = RecurrentCase("LSTM", "inference", B=1, T=1, I=4, H=8, proj=5)
+    assert projected.operations() == 2 * (4 * 8 * (4 + 5) + 5 * 8)
+    packed = RecurrentCase("RNN", "inference", B=5, T=100, I=4, H=8, packed=True)
     assert sorted(packed.lengths()) == [25, 44, 63, 82, 100]
     assert packed.lengths() != sorted(packed.lengths(), reverse=True)
-    assert operations(packed) == 2 * 314 * 8 * (4 + 8)
-    assert Case("GRU", "inference", 1, 1500, 2816, 2816).large  # memory traffic, not operations
-    assert operations(Case("GRU", "inference", 1, 1500, 2816, 2816)) < LARGE_OPERATIONS
+    assert packed.operations() == 2 * 314 * 8 * (4 + 8)
+    assert RecurrentCase("GRU", "inference", 1, 1500, 2816, 2816).large  # memory traffic, not operations
+    assert RecurrentCase("GRU", "inference", 1, 1500, 2816, 2816).operations() < LARGE_OPERATIONS
 
 
 def test_functions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def two_peers(ours: float, torch_seconds: float, spread: float = 0.01, **case: A
     fields = {**TINY.fields(), **case}
     one = Case.of(fields)
     both = {"fusedseq": peer(ours), "torch": peer(torch_seconds)}
-    return CaseResult(one, ["grid"], 2, both, "cpu", operations(one), compulsory_bytes(one), 1e11, ["torch"])
+    return CaseResult(one, ["grid"], 2, both, "cpu", one.operations(), one.compulsory_bytes(), 1e11, ["torch"])
 
 
 def made_run(*found: CaseResult) -> Run:
@@ -160,13 +163,13 @@ def test_summary_is_geometric() -> None:
     assert (second.mode, second.torch_mean) == ("training", pytest.approx(5.0))
     assert (third.dtype, third.torch_mean) == ("bfloat16", pytest.approx(7.0))
     assert found[0].best() == "onnxruntime"
-    assert found[0].of_peak() == pytest.approx(operations(TINY) / 1e11)
+    assert found[0].of_peak() == pytest.approx(TINY.operations() / 1e11)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes(dtype: str) -> None:
     found = run.run_case(
-        Case("GRU", "training", 2, 3, 4, 8, dtype=dtype), [], ["fusedseq", "torch"], 0.005,
+        RecurrentCase("GRU", "training", 2, 3, 4, 8, dtype=dtype), [], ["fusedseq", "torch"], 0.005,
         {"fma": 1e11, f"fma {dtype}": 2e11},
     )  # fmt: skip
     assert [peer.status for peer in found.peers.values()] == ["ok", "ok"]
@@ -178,17 +181,22 @@ def test_every_peer_agrees_with_torch_on_what_it_takes() -> None:
     pytest.importorskip("onnx")
     took: set[str] = set()
     for case in select(["smoke"]):
-        made = work.Work(case)
-        gate = Gate(made, peers.PEERS["torch"].build(made).results())
-        for name in ("fusedseq", "onnxruntime", "stepwise"):
-            built = peers.PEERS[name].build(made)
+        made = work.make(case)
+        gates = run.Gates(made)
+        for name in ("fusedseq", "torch", "eager", "onnxruntime", "stepwise"):
+            if not takes(name, case):
+                continue
+            built = build(name, made)
             if isinstance(built, work.Refusal):
                 assert built.reason
                 continue
-            assert gate.judge(built.results()).wrong is None, (case, name)
-            took.add(f"{name} {case.mode}")
+            assert gates.judge(built).wrong is None, (case, name)
+            took.add(f"{name} {case.kind} {case.mode}")
     modes = ("inference", "streaming")
-    assert took >= {f"{name} {mode}" for name in ("fusedseq", "onnxruntime", "stepwise") for mode in modes}
+    assert took >= {f"{name} rnn {mode}" for name in ("fusedseq", "onnxruntime", "stepwise") for mode in modes}
+    modes = ("inference", "training")
+    assert took >= {f"{name} attention {mode}" for name in ("fusedseq", "torch", "eager") for mode in modes}
+    assert took >= {f"{name} transformer {mode}" for name in ("fusedseq", "torch") for mode in modes}
 
 
 class Broken(torch.nn.Module):
@@ -205,39 +213,46 @@ class Broken(torch.nn.Module):
 
 def broken(made: Any) -> Any:
     inner = made.same_weights(torch.nn.LSTM(made.case.I, made.case.H))
-    return work.drive(made, Broken(inner))
+    return rnn_work.drive(made, Broken(inner))
 
 
 def test_a_wrong_fusedseq_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "fusedseq", peers.Peer("a wrong one", broken, rival=False))
+    monkeypatch.setitem(rnn_peers.BUILD, "fusedseq", broken)
     found = run.run_case(TINY, [], ["fusedseq", "torch"], 0.005, {"fma": 1e11})
     assert found.wrong.keys() == {"fusedseq"}
     assert (found.ratio("torch"), found.of_peak(), results.summarize([found])) == (None, None, [])
 
 
 def test_a_peer_that_breaks_down_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(made: Any) -> Any:
+    def raising(made: Any) -> Any:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(peers.PEERS, "stepwise", peers.Peer("a broken one", build))
+    monkeypatch.setitem(rnn_peers.BUILD, "stepwise", raising)
     found = run.run_case(TINY, [], ["fusedseq", "stepwise"], 0.005, {"fma": 1e11})
     assert found.wrong == {"stepwise": "raised RuntimeError: out of luck"}
     assert found.peers["fusedseq"].status == "ok"
 
 
 def test_nan_is_wrong() -> None:
-    made = work.Work(TINY)
-    outcome = peers.PEERS["torch"].build(made).results()
-    verdict = Gate(made, outcome).judge({"y": outcome["y"] * math.nan})
+    made = work.make(TINY)
+    outcome = made.yardstick()
+    verdict = Gate(made).judge({"y": outcome["y"] * math.nan})
     assert verdict.wrong
     assert math.isnan(verdict.error)
 
 
+def runner(made: work.Work) -> work.Runner:
+    """Ours."""
+    built = build("fusedseq", made)
+    assert isinstance(built, work.Runner)
+    return built
+
+
 def test_stepwise_carries_the_state() -> None:
-    case = Case("LSTM", "streaming", 1, 1, 4, 8)
-    made = work.Work(case)
-    y = peers.PEERS["fusedseq"].build(made).results()["y"]
-    assert y.shape == (work.STREAMED, 1, 1, 8)
+    case = RecurrentCase("LSTM", "streaming", 1, 1, 4, 8)
+    made = rnn_work.make(case)
+    y = runner(made).results()["y"]
+    assert y.shape == (rnn_work.STREAMED, 1, 1, 8)
     assert not torch.equal(y[0], y[1])
     module, state = made.module, tuple(made.state)
     for step in y:
@@ -246,8 +261,8 @@ def test_stepwise_carries_the_state() -> None:
 
 
 def test_packed_is_compared_row_by_row() -> None:
-    case = Case("GRU", "inference", 3, 8, 4, 8, packed=True)
-    y = peers.PEERS["fusedseq"].build(work.Work(case)).results()["y"]
+    case = RecurrentCase("GRU", "inference", 3, 8, 4, 8, packed=True)
+    y = runner(rnn_work.make(case)).results()["y"]
     ended = torch.arange(8).unsqueeze(1) >= torch.tensor(case.lengths())
     assert ended.any()
     assert (y[ended] == 0).all()
@@ -267,6 +282,6 @@ def test_noise_hides_small_changes() -> None:
 
 def test_onnxruntime_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    built = peers.PEERS["onnxruntime"].build(work.Work(TINY))
+    built = build("onnxruntime", work.make(TINY))
     assert isinstance(built, work.Refusal)
     assert choice.EXTRA in built.reason

@@ -20,7 +20,7 @@ from test_bench import _as_users_run_it, _ceilings_are_not_what_is_tested, broke
 import fusedseq
 from fusedseq import info
 from fusedseq.__main__ import main as command
-from fusedseq.bench import choice, compare, peers, results, revisions, run, table, timing
+from fusedseq.bench import choice, compare, memory, results, revisions, rnn_peers, run, table, timing
 from fusedseq.bench.cases import SETS, select
 from fusedseq.bench.cli import main as bench
 
@@ -64,9 +64,10 @@ def test_run_writes_json_and_csv(
         assert one["ratio_torch"] == pytest.approx(one["peers"]["torch"]["median"] / one["peers"]["fusedseq"]["median"])
         refused = {name: peer["reason"] for name, peer in one["peers"].items() if peer["status"] == "refused"}
         assert all(refused.values())
-        assert ("padded" in one["peers"]) == one["case"]["packed"]
-        training = one["case"]["mode"] == "training"
-        assert ("onnxruntime" in refused) >= training
+        rnn, training = one["case"]["kind"] == "rnn", one["case"]["mode"] == "training"
+        assert ("padded" in one["peers"]) == (rnn and one["case"]["packed"])
+        assert ("onnxruntime" in refused) >= (rnn and training)
+        assert ("eager" in one["peers"]) == (one["case"]["kind"] == "attention")
 
     loaded = results.load(files[0])
     assert [str(one.case) for one in loaded.results] == [one["name"] for one in value["results"]]
@@ -79,11 +80,11 @@ def test_run_writes_json_and_csv(
 def test_a_wrong_peer_gets_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(peers.PEERS, "stepwise", peers.Peer("a wrong one", broken))
+    monkeypatch.setitem(rnn_peers.BUILD, "stepwise", broken)
     chosen = ["--set", "smoke", "--case", "LSTM inference B2 T3 I4 H8", "--peers", "fusedseq", "torch", "stepwise"]
     assert bench([*chosen, "--budget", "0.01", "--json", str(tmp_path / "r.json")]) == 1
     assert "WRONG stepwise" in capsys.readouterr().out
-    (one,) = (r for r in json.loads((tmp_path / "r.json").read_text())["results"] if not r["case"]["proj"])
+    (one,) = (r for r in json.loads((tmp_path / "r.json").read_text())["results"] if not r["case"].get("proj"))
     wrong = one["peers"]["stepwise"]
     assert (wrong["status"], wrong["median"], wrong["samples"]) == ("wrong", None, [])
     assert wrong["error"] == pytest.approx(1e-3, rel=0.01)
@@ -133,15 +134,16 @@ def test_compare_of_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 def test_compare_of_the_installed_package_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--set", "smoke", "--case", "RNN inference B2 T3", "RNNCell inference", "--budget", "0.2"]
+    chosen = ["--set", "smoke", "--budget", "0.2", "--case", "RNN inference B2 T3", "RNNCell inference"]
+    chosen += ["attention training B2 H2", "EncoderLayer training B2 L5 d16 H2 dropout0.1"]
     assert bench(["compare", ".", ".", *chosen]) == 0
     printed = capsys.readouterr().out
     assert "RNN inference B2 T3 I4 H8" in printed
-    assert sum(int(n) for n in printed.splitlines()[-1].replace(",", "").split() if n.isdigit()) == 2
+    assert sum(int(n) for n in printed.splitlines()[-1].replace(",", "").split() if n.isdigit()) == 4
 
 
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(table, "PROCESSES", 1)
+    monkeypatch.setattr(memory, "PROCESSES", 1)
     sizes = ["--batch", "2", "--length", "3", "--inputs", "2", "--hidden", "8", "--layers", "1", "--steps", "2"]
     path = tmp_path / "table.json"
     assert bench(["table", "--model", "GRU", *sizes, "--budget", "0.05", "--json", str(path)]) == 0
@@ -176,6 +178,20 @@ print(size / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 20 < float(done.stdout) < 40
+
+
+def test_memory_growth_counts_what_was_freed_before() -> None:
+    code = """
+import torch
+from fusedseq.bench import memory
+held = [torch.ones(1 << 14) for _ in range(400)]  # too small to be mapped each on its own
+last = torch.ones(1 << 14)
+del held
+size, how = memory.growth(lambda: [torch.ones(1 << 14) for _ in range(300)])
+print(size / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 18 < float(done.stdout) < 25
 
 
 def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

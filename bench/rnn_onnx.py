@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .work import STREAMED, Outcome, Refusal, Runner, Work
+from .rnn_work import STREAMED, RecurrentWork
+from .work import Outcome, Refusal, Runner
 
 # torch.nn's order of the gates, as positions in ONNX's: LSTM i,f,g,o -> i,o,f,c; GRU r,z,n -> z,r,h.
 ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
@@ -21,7 +22,7 @@ OPSET = 17
 SPIN_MICROSECONDS = 2000
 
 
-def build(work: Work) -> Runner | Refusal:
+def build(work: RecurrentWork) -> Runner | Refusal:
     case = work.case
     if case.mode == "training":
         return Refusal("ONNX Runtime is an inference engine")
@@ -44,7 +45,7 @@ def session_options() -> Any:
     return chosen
 
 
-def model(work: Work) -> bytes:
+def model(work: RecurrentWork) -> bytes:
     """One node per layer; inputs x, lengths and the states, outputs y and the states, as the case needs them."""
     case = work.case
     family = case.family.removesuffix("Cell")
@@ -91,7 +92,7 @@ def model(work: Work) -> bytes:
     return made.SerializeToString()
 
 
-def _weights(work: Work, family: str, layer: int) -> list[Any]:
+def _weights(work: RecurrentWork, family: str, layer: int) -> list[Any]:
     """W [D, G*H, I], R [D, G*H, H], B [D, 2*G*H] of one layer."""
 
     def ordered(name: str, suffix: str) -> Tensor:
@@ -113,7 +114,7 @@ def _bound(array: np.ndarray[Any, Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"))
 
 
-def _sequence(work: Work, session: Any) -> Runner:
+def _sequence(work: RecurrentWork, session: Any) -> Runner:
     case = work.case
     binding = session.io_binding()
     given = {"x": work.x.numpy()}
@@ -137,7 +138,7 @@ def _sequence(work: Work, session: Any) -> Runner:
     return Runner(call, results, pool="onnxruntime")
 
 
-def _within(y: Tensor, work: Work) -> Tensor:
+def _within(y: Tensor, work: RecurrentWork) -> Tensor:
     """Zero beyond a row's length, as torch.nn's padded result is."""
     if work.lengths is None:
         return y
@@ -145,7 +146,7 @@ def _within(y: Tensor, work: Work) -> Tensor:
     return pad_sequence(rows)
 
 
-def _streaming(work: Work, session: Any) -> Runner:
+def _streaming(work: RecurrentWork, session: Any) -> Runner:
     """Two bindings, each of which reads the states that the other writes."""
     case = work.case
     x = work.x.numpy().reshape(1, case.B, case.I)
