@@ -132,6 +132,59 @@ struct AttentionGradParams {
   void* dsinks;  // [Hq] compute type
 };
 
+// What stands between the products of a Transformer's layer. Rows are all dimensions but the last, which has d
+// elements; every tensor [rows, d] is dense.
+
+enum class Activation : int { identity = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+// Element (r, j) is kept if word (j / 16) % 4 of Philox with counter (16 (j / 64) + j % 16, r mod 2^32, 0, r / 2^32) is
+// at least the threshold; see fusedseq/reference/dropout.py.
+struct Dropout {
+  bool on;
+  uint32_t threshold;
+  double scale;  // of what is kept
+  uint64_t seed;
+};
+
+// sum = residual + dropout(x), out = weight (sum - mean) / sqrt(var + eps) + bias with the moments of each row.
+struct LayerNormParams {
+  DType dtype;  // of all tensors; half types compute in float32
+  int threads;
+  int64_t rows, d;
+  const void* x;              // [rows, d]
+  const void* residual;       // [rows, d] or null
+  const void *weight, *bias;  // [d], each or null
+  void* out;                  // [rows, d]
+  void* sum;                  // [rows, d] or null
+  double eps;
+  Dropout dropout;
+};
+// dout or dsum may be null (zero), not both; any result may be null (unwanted).
+struct LayerNormGradParams {
+  LayerNormParams fwd;  // as given to forward
+  const void *dout, *dsum;
+  void *dx, *dresidual;
+  void *dweight, *dbias;  // [d] compute type
+};
+
+// out = residual + dropout(activation(x + bias)).
+struct BiasActivationParams {
+  DType dtype;
+  int threads;
+  int64_t rows, d;
+  Activation activation;
+  const void *x, *residual;  // [rows, d]; residual may be null
+  const void* bias;          // [d] or null
+  void* out;                 // [rows, d]
+  Dropout dropout;
+};
+struct BiasActivationGradParams {
+  BiasActivationParams fwd;
+  const void* dout;
+  void* dx;     // or null
+  void* dbias;  // [d] compute type, or null
+};
+
 // Entry points of one ISA row of the CPU backend.
 struct CpuTable {
   const char* name;
@@ -142,6 +195,10 @@ struct CpuTable {
   int64_t (*pack)(const ScanParams&, void* const* into);
   Status (*attention_forward)(const AttentionParams&);
   Status (*attention_backward)(const AttentionGradParams&);
+  Status (*layer_norm_forward)(const LayerNormParams&);
+  Status (*layer_norm_backward)(const LayerNormGradParams&);
+  Status (*bias_activation_forward)(const BiasActivationParams&);
+  Status (*bias_activation_backward)(const BiasActivationGradParams&);
   // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh, 2 2^x. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
   // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that

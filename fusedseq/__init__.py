@@ -24,7 +24,14 @@ from fusedseq.nn import (
     unfreeze,
     unfuse,
 )
-from fusedseq.ops import Mask, attention, attention_probs, scaled_dot_product_attention
+from fusedseq.ops import (
+    Mask,
+    attention,
+    attention_probs,
+    bias_activation_dropout,
+    residual_dropout_layer_norm,
+    scaled_dot_product_attention,
+)
 from fusedseq.registry import explain, use_backend
 
 __version__ = "0.1.0"
@@ -46,9 +53,11 @@ __all__ = [
     "TransformerEncoderLayer",
     "attention",
     "attention_probs",
+    "bias_activation_dropout",
     "explain",
     "freeze",
     "fuse",
+    "residual_dropout_layer_norm",
     "scaled_dot_product_attention",
     "unfreeze",
     "unfuse",

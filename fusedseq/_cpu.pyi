@@ -31,6 +31,9 @@ _Grads: TypeAlias = tuple[
     _Heads, _Address, _Heads | None, _Heads | None, _Heads | None, _Table | None, _Address, _Address
 ]  # dout dlse dq dk dv dbias dalibi dsinks
 _Weights: TypeAlias = tuple[tuple[_Address, _Address, _Address, _Address, _Address], ...]  # w_ih w_hh b_ih b_hh w_hr
+_Dropout: TypeAlias = tuple[int, float, int]  # threshold, scale, seed
+_Tensors3: TypeAlias = tuple[_Address, _Address, _Address]  # x bias residual
+_Tensors4: TypeAlias = tuple[_Address, _Address, _Address, _Address]  # x residual weight bias, or their gradients
 
 def isas() -> list[str]: ...
 def isa() -> str: ...
@@ -98,6 +101,22 @@ def attention_forward(threads: int, sizes: tuple[int, ...], tensors: _Problem, n
 def attention_backward(
     threads: int, sizes: tuple[int, ...], tensors: _Problem, numbers: _Numbers, grads: _Grads, /
 ) -> None: ...
+def layer_norm_forward(
+    threads: int, dtype: int, rows: int, d: int, eps: float, dropout: _Dropout | None, tensors: _Tensors4, out: int,
+    sum: _Address, /,
+) -> None: ...  # fmt: skip
+def layer_norm_backward(
+    threads: int, dtype: int, rows: int, d: int, eps: float, dropout: _Dropout | None, tensors: _Tensors4,
+    upstream: tuple[_Address, _Address], grads: _Tensors4, /,
+) -> None: ...  # fmt: skip
+def bias_activation_forward(
+    threads: int, dtype: int, rows: int, d: int, activation: int, dropout: _Dropout | None, tensors: _Tensors3,
+    out: int, /,
+) -> None: ...  # fmt: skip
+def bias_activation_backward(
+    threads: int, dtype: int, rows: int, d: int, activation: int, dropout: _Dropout | None, tensors: _Tensors3,
+    dout: int, dx: _Address, dbias: _Address, /,
+) -> None: ...  # fmt: skip
 
 class Step:
     def __init__(

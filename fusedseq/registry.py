@@ -77,7 +77,37 @@ class AttentionCall(NamedTuple):
         return self.op
 
 
-Call = ScanCall | AttentionCall
+class RowCall(NamedTuple):
+    """The same for what works row by row: "layer_norm" (with residual and dropout) and "bias_activation"."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    rows: int
+    d: int
+    activation: str
+    residual: bool
+    weight: bool
+    bias: bool
+    dropout: bool
+
+    @property
+    def cell(self) -> str:
+        """What parity records go by."""
+        return self.op
+
+
+Call = ScanCall | AttentionCall | RowCall
+
+
+def row_call(op: str, p: Any) -> RowCall:
+    """The call of a problem of such an operator as a decision sees it."""
+    x, d = p.x, p.x.shape[-1]
+    return RowCall(
+        op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.numel() // d if d else 0, d,
+        getattr(p, "activation", ""), p.residual is not None, getattr(p, "weight", None) is not None,
+        p.bias is not None, p.dropout_p != 0,
+    )  # fmt: skip
 
 
 def attention_call(p: Problem, grad: bool) -> AttentionCall:

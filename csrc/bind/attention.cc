@@ -1,14 +1,12 @@
 // Attention: integers in, a params struct, one call with the GIL released.
 #include "bind/attention.h"
 
-#include <new>
+#include "bind/call.h"
 
 namespace py = pybind11;
 
 namespace fusedseq {
 namespace {
-
-void* pointer(const py::handle& x) { return x.is_none() ? nullptr : reinterpret_cast<void*>(x.cast<uintptr_t>()); }
 
 Heads heads(const py::handle& x) {
   if (x.is_none()) return {nullptr, 0, 0, 0};
@@ -58,16 +56,6 @@ AttentionParams params(int threads, const py::tuple& sizes, const py::tuple& ten
   p.global_sb = tensors[13].cast<int64_t>();
   numbers(p, options);
   return p;
-}
-
-template <class P>
-void call(Status (*f)(const P&), const P& p) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = f(p);
-  }
-  if (status == Status::out_of_memory) throw std::bad_alloc();
 }
 
 void forward(int threads, const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options) {

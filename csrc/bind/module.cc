@@ -6,6 +6,8 @@
 #include <string>
 
 #include "bind/attention.h"
+#include "bind/call.h"
+#include "bind/rows.h"
 #include "bind/scratch.h"
 #include "bind/step.h"
 #include "fusedseq.h"
@@ -38,11 +40,6 @@ void set_isa(const std::string& name) {
   const CpuTable* row = find(name);
   if (!row) throw py::value_error("isa: expected one of " + std::string(py::str(isas())) + ", got '" + name + "'");
   active = row;
-}
-
-template <class T = void>
-T* pointer(const py::handle& x) {
-  return x.is_none() ? nullptr : reinterpret_cast<T*>(x.cast<uintptr_t>());
 }
 
 Rows rows(const py::handle& x) {
@@ -135,16 +132,6 @@ ScanParams scan_params(KeptScratch& scratch, int cell, int dtype, int threads, c
   return p;
 }
 
-template <class P>
-void call(Status (*f)(const P&), const P& p) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = f(p);
-  }
-  if (status == Status::out_of_memory) throw std::bad_alloc();
-}
-
 void scan_forward(KeptScratch& scratch, int cell, int dtype, int threads, const py::tuple& sizes, const py::handle& x,
                   const py::handle& h0, const py::handle& c0, const py::tuple& w, const py::handle& lengths,
                   const py::handle& batch_sizes, const py::handle& resets, const py::handle& y, const py::handle& c_all,
@@ -222,6 +209,7 @@ PYBIND11_MODULE(_cpu, m) {
         step.backward(*active, threads, dh, dc, x, h0, c0, h_n, reserve, weights, dx, dh0, dc0, dweights);
       });
   bind_attention(m);
+  bind_rows(m);
   m.def("apply_math", &apply_math);
   m.def("multiply_adds", &multiply_adds);
 }

@@ -54,13 +54,6 @@ FSQ_INLINE typename Num<V>::Scalar largest(V a) {
   return m;
 }
 #endif
-template <class V>
-FSQ_INLINE typename Num<V>::Scalar total(V a) {
-  typename Num<V>::Scalar sum = 0;
-  for (size_t i = 0; i < sizeof(V) / sizeof sum; ++i) sum += a[i];
-  return sum;
-}
-
 // ln of the sum of a row's exponentials, each e^(logit - top); rounded once.
 FSQ_INLINE VecD log_sum(VecD top, VecD sum) {
   for (int i = 0; i < kLanes<double>; ++i) sum[i] = top[i] + log(sum[i]);
@@ -101,22 +94,6 @@ FSQ_INLINE V rounded(V x) {
   __asm__("" : "+w"(x));
 #endif
   return x;
-}
-
-// v where the bit of its lane is set, else 0.
-template <class S>
-FSQ_INLINE Vec<S> kept(Vec<S> v, uint64_t bits) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4)
-    return (Vec<S>)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)v);
-  else
-    return (Vec<S>)_mm512_maskz_mov_pd(__mmask8(bits), (__m512d)v);
-#else
-  typedef typename VecOf<S>::bits B;
-  B lane{};
-  for (int i = 0; i < kLanes<S>; ++i) lane[i] = typename VecOf<S>::bit(1) << i;
-  return ((B{} + typename VecOf<S>::bit(bits)) & lane) != 0 ? v : Vec<S>{};
-#endif
 }
 
 // The right operand of a product over rows: packed in panels of up to kMaxPanel vectors, or as it lies in memory.
@@ -413,12 +390,6 @@ class AttentionView {
     return b;
   }
   static int64_t key(const KeyBlock<S>& k, int i) { return k.picked ? int64_t(k.picked[i]) : k.j0 + i; }
-};
-
-// Jobs handed out one by one: who gets which changes nothing.
-struct Jobs {
-  int64_t next = 0;
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 };
 
 }  // namespace FSQ_ISA

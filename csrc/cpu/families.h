@@ -19,6 +19,10 @@ Status rnn_backward(const ScanGradParams& p);
 int64_t rnn_pack(const ScanParams& p, void* const* into);
 Status attention_forward(const AttentionParams& p);
 Status attention_backward(const AttentionGradParams& p);
+Status layer_norm_forward(const LayerNormParams& p);
+Status layer_norm_backward(const LayerNormGradParams& p);
+Status bias_activation_forward(const BiasActivationParams& p);
+Status bias_activation_backward(const BiasActivationGradParams& p);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -1,4 +1,5 @@
-// Dropout: Philox 4x32-10 (Salmon et al. 2011), one evaluation of sixteen counters for each block of 64 keys.
+// Dropout: Philox 4x32-10 (Salmon et al. 2011), one evaluation of sixteen counters for each block of 64 keys (or
+// columns).
 #pragma once
 #include "cpu/vec.h"
 
@@ -64,6 +65,22 @@ static uint64_t kept_keys(uint64_t seed, uint32_t threshold, int64_t b, int64_t 
     kept |= bits << (w * kCounters);
   }
   return kept;
+#endif
+}
+
+// v where the bit of its lane is set, else 0.
+template <class S>
+FSQ_INLINE Vec<S> kept(Vec<S> v, uint64_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return (Vec<S>)_mm512_maskz_mov_ps(__mmask16(bits), (__m512)v);
+  else
+    return (Vec<S>)_mm512_maskz_mov_pd(__mmask8(bits), (__m512d)v);
+#else
+  typedef typename VecOf<S>::bits B;
+  B lane{};
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = typename VecOf<S>::bit(1) << i;
+  return ((B{} + typename VecOf<S>::bit(bits)) & lane) != 0 ? v : Vec<S>{};
 #endif
 }
 

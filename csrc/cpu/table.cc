@@ -90,8 +90,18 @@ static int64_t multiply_adds(DType dtype, int64_t rounds) {
 #define FSQ_NAME_(x) #x
 #define FSQ_NAME(x) FSQ_NAME_(x)
 extern const CpuTable table;
-const CpuTable table = {FSQ_NAME(FSQ_ISA),  forward, backward,     pack, attention_forward,
-                        attention_backward, math,    multiply_adds};
+const CpuTable table = {FSQ_NAME(FSQ_ISA),
+                        forward,
+                        backward,
+                        pack,
+                        attention_forward,
+                        attention_backward,
+                        layer_norm_forward,
+                        layer_norm_backward,
+                        bias_activation_forward,
+                        bias_activation_backward,
+                        math,
+                        multiply_adds};
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

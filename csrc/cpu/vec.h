@@ -206,6 +206,13 @@ FSQ_INLINE void store_n(S* p, Vec<S> v, int64_t n) {
 #endif
 }
 
+template <class V>
+FSQ_INLINE typename Num<V>::Scalar total(V a) {
+  typename Num<V>::Scalar sum = 0;
+  for (size_t i = 0; i < sizeof(V) / sizeof sum; ++i) sum += a[i];
+  return sum;
+}
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq
 

@@ -15,14 +15,21 @@ from torch import Tensor
 
 from fusedseq import config
 from fusedseq.backends.cpu_attention import attention_backward, attention_forward
+from fusedseq.backends.cpu_rows import (
+    bias_activation_backward,
+    bias_activation_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
 from fusedseq.backends.reference import Save, reserve_columns, reserve_like
 
 if TYPE_CHECKING:
     from fusedseq.registry import Call
 
 __all__ = [
-    "attention_backward", "attention_forward", "cell_backward", "cell_forward", "missing", "name", "scan_backward",
-    "scan_forward", "step", "supports",
+    "attention_backward", "attention_forward", "bias_activation_backward", "bias_activation_forward", "cell_backward",
+    "cell_forward", "layer_norm_backward", "layer_norm_forward", "missing", "name", "scan_backward", "scan_forward",
+    "step", "supports",
 ]  # fmt: skip
 
 name = "cpu"

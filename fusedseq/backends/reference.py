@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fusedseq.reference import attention, scan
+from fusedseq.reference import attention, bias_activation, layer_norm, scan
 
 if TYPE_CHECKING:
     from fusedseq.registry import Call
@@ -169,4 +169,31 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     with _as_told(p.q):
         grads = attention.backward(p, dout, dlse)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def layer_norm_forward(p: layer_norm.Problem) -> tuple[Tensor, Tensor | None]:
+    with _as_told(p.x):
+        return layer_norm.forward(p)
+
+
+def layer_norm_backward(
+    p: layer_norm.Problem, upstream: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    with _as_told(p.x):
+        grads = layer_norm.backward(p, upstream[0], upstream[1])
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def bias_activation_forward(p: bias_activation.Problem, out: Tensor | None = None) -> tuple[Tensor]:
+    with _as_told(p.x):
+        return bias_activation.forward(p)
+
+
+def bias_activation_backward(
+    p: bias_activation.Problem, upstream: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    assert upstream[0] is not None
+    with _as_told(p.x):
+        grads = bias_activation.backward(p, upstream[0])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

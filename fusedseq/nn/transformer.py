@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedseq.nn.attention import record_call
 from fusedseq.nn.masks import is_causal as is_causal_mask
 from fusedseq.nn.masks import readable
+from fusedseq.nn.sublayers import Sublayers, feed_forward
 from fusedseq.nn.twins import (
     FUSED,
     Fused,
@@ -112,12 +113,28 @@ class TransformerEncoderLayer(Fused, TorchTransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         names = ("src_mask", "src_key_padding_mask")
         src_mask, src_key_padding_mask = _canonical(src, src_mask, src_key_padding_mask, names)
-        x = src
+        stream = Sublayers(self, TorchTransformerEncoderLayer, src)
+        a = self.norm1(src) if self.norm_first else src
+
+        def attend() -> Tensor:
+            return self.self_attn(
+                a, a, a, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False,
+                is_causal=is_causal,
+            )[0]  # fmt: skip
+
+        def block() -> Tensor:
+            return self._sa_block(a, src_mask, src_key_padding_mask, is_causal=is_causal)
+
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
-        return self.norm2(x + self._ff_block(x))
+            f = stream.pre("_sa_block", self.dropout1, self.norm2, attend, block)
+            stream.last("_ff_block", self.dropout2, lambda: feed_forward(self, f), lambda: self._ff_block(f))
+        else:
+            stream.post("_sa_block", self.dropout1, self.norm1, attend, block)
+            f = stream.x
+            stream.post(
+                "_ff_block", self.dropout2, self.norm2, lambda: feed_forward(self, f), lambda: self._ff_block(f)
+            )
+        return stream.x
 
 
 class TransformerDecoderLayer(Fused, TorchTransformerDecoderLayer):
@@ -170,7 +187,46 @@ class TransformerDecoderLayer(Fused, TorchTransformerDecoderLayer):
             "memory_is_causal": memory_is_causal,
         }
         traced: Any = record_call(self, tgt, memory, **kwargs)
-        return super().forward(tgt, memory, **kwargs) if traced is None else traced
+        if traced is not None:
+            return traced
+        if not isinstance(tgt, Tensor) or tgt.is_nested:
+            return super().forward(tgt, memory, **kwargs)
+        stream = Sublayers(self, TorchTransformerDecoderLayer, tgt)
+        if stream.watched:
+            return super().forward(tgt, memory, **kwargs)
+        a = self.norm1(tgt) if self.norm_first else tgt
+
+        def attend() -> Tensor:
+            return self.self_attn(
+                a, a, a, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal,
+                need_weights=False,
+            )[0]  # fmt: skip
+
+        def block() -> Tensor:
+            return self._sa_block(a, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+        def attend_memory() -> Tensor:
+            return self.multihead_attn(
+                c, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
+                is_causal=memory_is_causal, need_weights=False,
+            )[0]  # fmt: skip
+
+        def memory_block() -> Tensor:
+            return self._mha_block(c, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+        if self.norm_first:
+            c = stream.pre("_sa_block", self.dropout1, self.norm2, attend, block)
+            f = stream.pre("_mha_block", self.dropout2, self.norm3, attend_memory, memory_block)
+            stream.last("_ff_block", self.dropout3, lambda: feed_forward(self, f), lambda: self._ff_block(f))
+        else:
+            stream.post("_sa_block", self.dropout1, self.norm1, attend, block)
+            c = stream.x
+            stream.post("_mha_block", self.dropout2, self.norm2, attend_memory, memory_block)
+            f = stream.x
+            stream.post(
+                "_ff_block", self.dropout3, self.norm3, lambda: feed_forward(self, f), lambda: self._ff_block(f)
+            )
+        return stream.x
 
 
 class TransformerEncoder(Fused, TorchTransformerEncoder):

@@ -5,6 +5,6 @@ Each family module states one step of its cells and the step's hand-written deri
 
 from __future__ import annotations
 
-from . import attention, gru, lstm, rnn, scan
+from . import attention, bias_activation, dropout, gru, layer_norm, lstm, rnn, scan
 
-__all__ = ["attention", "gru", "lstm", "rnn", "scan"]
+__all__ = ["attention", "bias_activation", "dropout", "gru", "layer_norm", "lstm", "rnn", "scan"]
