@@ -295,7 +295,7 @@ def memory(run: Run, peaks: Sequence[Peak]) -> Figure:
             ax.plot([lengths[0], lengths[-1]], ends, ":", color="#888888", lw=1, zorder=1)
             label = "~ L" if power == 1 else "~ L\u00b2"
             ax.annotate(
-                label, (lengths[0], ends[0]), xytext=(2, 4), textcoords="offset points", fontsize=8, color="#555555"
+                label, (lengths[0], ends[0]), xytext=(14, -6), textcoords="offset points", fontsize=8, color="#555555"
             )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
