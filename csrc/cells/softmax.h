@@ -49,8 +49,8 @@ FSQ_INLINE V weight_of(V x) {
   return exp2(x * N::c(Exp2Const<typename N::Scalar>::log2e));
 }
 
-// ln x of x = 2^e m, m within [1/sqrt 2, sqrt 2], which the caller takes apart: e ln 2 + 2 artanh f, f = (m - 1) / (m + 1),
-// its series up to f^13. Absolute error below 1e-12 + rounding: for values that end in float.
+// ln x of x = 2^e m, m within [1/sqrt 2, sqrt 2], which the caller takes apart: e ln 2 + 2 artanh f, f = (m - 1) / (m +
+// 1), its series up to f^13. Absolute error below 1e-12 + rounding: for values that end in float.
 template <class V>
 FSQ_INLINE V log_of_parts(V e, V m) {
   typedef Num<V> N;

@@ -342,7 +342,6 @@ class AttentionView {
   bool stored() const { return p.dtype == (P::per_word == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32); }
   bool whole(int64_t width) const { return P::per_word == 1 && stored() && width % L == 0; }
 
-
   // Of the keys from position `at` of the block on, 0 past its end.
   V biases(const Query<S>& q, const KeyBlock<S>& k, int at) const {
     const int64_t n = k.n - at;

@@ -31,7 +31,7 @@ class AttentionBackward : AttentionScores<P> {
     typename Scores::Rows rows;
     RightRows<P> k, picked_k;
     S *k_rows, *picked_rows, *dk, *dv, *picked_dk, *picked_dv, *dq;
-    S *q_right, *do_right;  // all rows of a pair
+    S *q_right, *do_right;                 // all rows of a pair
     Value *ds_left, *ds_right, *pd_right;  // of pairs: rows of keys, and words of two rows for each key
     Bit* picked;
   };

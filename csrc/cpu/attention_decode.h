@@ -1,7 +1,8 @@
 // Attention forward for few queries and many keys (decoding): at most kThin rows in every pair.
 //
-// Keys are read as they lie in memory. A pair is cut along its keys, kPart at a time, so that all threads share the work
-// of one long sequence; the parts are merged in order. The cut depends on S alone, not on the threads or the batch.
+// Keys are read as they lie in memory. A pair is cut along its keys, kPart at a time, so that all threads share the
+// work of one long sequence; the parts are merged in order. The cut depends on S alone, not on the threads or the
+// batch.
 #pragma once
 #include "cpu/attention.h"
 

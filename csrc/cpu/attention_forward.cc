@@ -144,7 +144,8 @@ static Status decode(const AttentionParams& p) {
 }
 
 Status attention_forward(const AttentionParams& p) {
-  if (p.dtype == DType::f64) return AttentionDecode<Whole<double>>::takes(p) ? decode<double>(p) : run<Whole<double>>(p);
+  if (p.dtype == DType::f64)
+    return AttentionDecode<Whole<double>>::takes(p) ? decode<double>(p) : run<Whole<double>>(p);
   if (AttentionDecode<Whole<float>>::takes(p)) return decode<float>(p);
 #if FSQ_BF16_PAIRS
   if (p.dtype == DType::bf16) return run<Bf16Pairs>(p);

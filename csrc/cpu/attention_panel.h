@@ -113,8 +113,7 @@ class AttentionPanels : public AttentionView<P> {
     b.step = value_pitch() * P::per_word;
     for (int n = 0; n < k.n; n += P::per_word) {
       Value* const to = s.values + n * value_pitch();
-      if constexpr (P::per_word == 1)
-        load_operand<P>(to, p.v.data, p.dtype, View::key_at(p.v, a, k, n), p.Ev);
+      if constexpr (P::per_word == 1) load_operand<P>(to, p.v.data, p.dtype, View::key_at(p.v, a, k, n), p.Ev);
 #if FSQ_BF16_PAIRS
       else
         load_paired(to, p.v.data, View::key_at(p.v, a, k, n),
@@ -183,9 +182,9 @@ class AttentionPanels : public AttentionView<P> {
         while (v1 > v0 && !(s.to[v1 - 1] > key && s.from[v1 - 1] < key + m)) --v1;
         if (v0 == v1) return;
       }
-      product_of<P>(v1 - v0, m)(PanelTile<P>{b.keys.base + key * b.keys.pitch, b.keys.pitch, x.q + v0 * L,
-                                             words<P>(p.E), w.scores + key * kRows + v0 * L, w.most + v0 * L,
-                                             S(p.scale), Start::zero});
+      product_of<P>(v1 - v0,
+                    m)(PanelTile<P>{b.keys.base + key * b.keys.pitch, b.keys.pitch, x.q + v0 * L, words<P>(p.E),
+                                    w.scores + key * kRows + v0 * L, w.most + v0 * L, S(p.scale), Start::zero});
     });
   }
 
@@ -349,9 +348,9 @@ class AttentionPanels : public AttentionView<P> {
   void values(const Scratch& w, Panel& x, const Block& b, int v0, int v1, int from, int to, Start start) const {
     const int64_t word = from / P::per_word;
     for_row_tiles(p.Ev, v1 - v0, [&](int64_t e, int m) {
-      sum_of<P>(v1 - v0, m)(PanelTile<P>{b.values + word * b.step + e * P::per_word, b.step,
-                                         w.scores + word * kRows + v0 * L, words<P>(to - from),
-                                         x.out + e * kRows + v0 * L, w.scale + v0 * L, S(1), start});
+      sum_of<P>(v1 - v0,
+                m)(PanelTile<P>{b.values + word * b.step + e * P::per_word, b.step, w.scores + word * kRows + v0 * L,
+                                words<P>(to - from), x.out + e * kRows + v0 * L, w.scale + v0 * L, S(1), start});
     });
   }
 

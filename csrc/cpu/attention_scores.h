@@ -106,8 +106,8 @@ class AttentionScores : public AttentionView<P> {
     for (const Span* s = spans; s != spans + found; ++s)
       for (int i = s->row; i < s->row + s->m; ++i) {
         const Query<S>& q = rows.queries[i];
-        const S slope = row_gradients(a, q, k, *s, rows.scores + i * kKeys, rows.values + i * kKeys,
-                                      this->per_row(a, q), raw);
+        const S slope =
+            row_gradients(a, q, k, *s, rows.scores + i * kKeys, rows.values + i * kKeys, this->per_row(a, q), raw);
         if (slopes) slopes[q.h - a.h0] += slope;
       }
     return found;

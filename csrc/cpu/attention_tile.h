@@ -11,7 +11,7 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 template <class S>
-constexpr int kPanelRows = kMaxPanel* kLanes<S>;
+constexpr int kPanelRows = kMaxPanel * kLanes<S>;
 
 #if defined(__AVX512F__)
 FSQ_INLINE VecF larger(VecF a, VecF b) { return _mm512_max_ps(a, b); }
@@ -88,13 +88,13 @@ template <class P>
 using TileCode = void (*)(const PanelTile<P>&);
 template <class P, int NV, int M>
 constexpr TileCode<P> product_code() {
-  return product_tile<P, NV, M <= tile_rows(NV) ? M : 1>;
+  return product_tile < P, NV, M <= tile_rows(NV) ? M : 1 > ;
 }
 template <class P, int NV, int M>
 constexpr TileCode<P> sum_code() {
-  return sum_tile<P, NV, M <= tile_rows(NV) ? M : 1>;
+  return sum_tile < P, NV, M <= tile_rows(NV) ? M : 1 > ;
 }
-#define FSQ_HEIGHTS(code, P, NV) \
+#define FSQ_HEIGHTS(code, P, NV)                                           \
   {code<P, NV, 1>(), code<P, NV, 2>(), code<P, NV, 3>(), code<P, NV, 4>(), \
    code<P, NV, 5>(), code<P, NV, 6>(), code<P, NV, 7>(), code<P, NV, 8>()}
 template <class P>

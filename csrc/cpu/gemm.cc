@@ -63,9 +63,9 @@ static void tile(const Tile<P>& t) {
 // The code for a tile by its width and height, found in one jump: short sums feel how they begin.
 template <class P, int NV, int M>
 constexpr void (*tile_code())(const Tile<P>&) {
-  return tile<P, NV, M <= tile_rows(NV) ? M : 1>;
+  return tile < P, NV, M <= tile_rows(NV) ? M : 1 > ;
 }
-#define FSQ_HEIGHTS(P, NV)                                                                  \
+#define FSQ_HEIGHTS(P, NV)                                                                     \
   {tile_code<P, NV, 1>(), tile_code<P, NV, 2>(), tile_code<P, NV, 3>(), tile_code<P, NV, 4>(), \
    tile_code<P, NV, 5>(), tile_code<P, NV, 6>(), tile_code<P, NV, 7>(), tile_code<P, NV, 8>()}
 template <class P>

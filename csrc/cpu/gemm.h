@@ -27,8 +27,8 @@ constexpr int tile_rows(int nv) {
 }
 
 // One tile: out[r][v] = in[r][v] + sum_k a[r * row + k * step] * b[k * b_pitch][v], k counting words. `in` and `out`
-// have rows of nv vectors; `in` may be null (0), in_pitch 0 repeats one row (a bias); b_pitch is that of a panel, or of a matrix used as it
-// lies in memory; row and step count values.
+// have rows of nv vectors; `in` may be null (0), in_pitch 0 repeats one row (a bias); b_pitch is that of a panel, or of
+// a matrix used as it lies in memory; row and step count values.
 template <class P>
 struct Tile {
   typedef typename P::Sum S;
