@@ -11,7 +11,9 @@ from fusedseq import registry, use_backend
 pytestmark = [
     pytest.mark.skipif(registry.backends()["cpu"].missing() is not None, reason="the compiled core is not there"),
     pytest.mark.xfail(
-        strict=True, raises=AssertionError, reason="backward forms logits by other sums than the forward pass of few rows; lse rounds at 1e4"
+        strict=True,
+        raises=AssertionError,
+        reason="backward forms logits by other sums than the forward pass of few rows; lse rounds at 1e4",
     ),
 ]
 
