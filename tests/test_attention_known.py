@@ -22,7 +22,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("L", [1, 5])
+@pytest.mark.parametrize("L", [1, 3])
 def test_dv_where_few_keys_are_seen(L: int) -> None:
     """With one key P is 1 and torch's dv is dout to the last bit; ours errs by about |logit| eps."""
     wrong = []

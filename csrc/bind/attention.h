@@ -7,7 +7,7 @@ namespace fusedseq {
 
 // The row of the ISA table in use.
 const CpuTable& active_row();
-// Adds attention_forward and attention_backward to the module.
+// Adds attention_forward, attention_backward and PlainAttention to the module.
 void bind_attention(pybind11::module_& m);
 
 }  // namespace fusedseq

@@ -1,15 +1,16 @@
 // Attention forward for few queries and many keys (decoding): at most kThin rows in every pair.
 //
-// Keys are read as they lie in memory. A pair is cut along its keys, kPart at a time, so that all threads share the
-// work of one long sequence; the parts are merged in order. The cut depends on S alone, not on the threads or the
-// batch.
+// A few rows read keys as they lie in memory; from kPacking on it pays to lay each block of them out for products that
+// have keys in their lanes, whose sums need no folding. A pair is cut along its keys, kPart at a time, so that all
+// threads share the work of one long sequence; the parts are merged in order. The cut depends on S alone, not on the
+// threads or the batch.
 #pragma once
 #include "cpu/attention.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 
-constexpr int64_t kThin = 8, kPart = 256;
+constexpr int64_t kThin = 8, kPacking = 4, kPart = 256, kLittle = 1 << 17;
 
 template <class P>
 class AttentionDecode : AttentionView<P> {
@@ -21,7 +22,7 @@ class AttentionDecode : AttentionView<P> {
   using View::p;
 
   struct Work {
-    S *rows, *values, *scores, *out, *sums, *top;
+    S *rows, *keys, *values, *scores, *out, *sums, *top;
     Query<S>* queries;
   };
   // Rows of a tile and the vectors of keys that some of them see; where the keys end.
@@ -46,7 +47,7 @@ class AttentionDecode : AttentionView<P> {
     place(arena);
     Jobs jobs, merges;
     Barrier all;
-    parallel(int(min64(p.threads, kMaxThreads)), [&](int thread, int count) {
+    parallel(threads(), [&](int thread, int count) {
       Work& w = work[thread];
       for (int64_t j; (j = jobs.take()) < this->pairs() * parts();) part(w, j / parts(), j % parts());
       all.wait(count);
@@ -60,6 +61,11 @@ class AttentionDecode : AttentionView<P> {
   Work work[kMaxThreads];
   S *part_top, *part_sum, *part_out;
 
+  // Waking a thread takes microseconds.
+  int threads() const {
+    const int64_t multiply_adds = this->pairs() * p.L * this->groups() * p.S * (p.E + p.Ev);
+    return multiply_adds < kLittle ? 1 : int(min64(p.threads, kMaxThreads));
+  }
   int64_t pitch() const { return round_up(p.Ev, L); }
   int64_t parts() const { return (p.S + kPart - 1) / kPart; }
 
@@ -67,6 +73,7 @@ class AttentionDecode : AttentionView<P> {
     for (int t = 0; t < min64(p.threads, kMaxThreads); ++t) {
       Work& w = work[t];
       w.rows = arena.take<S>(kThin * p.E);
+      w.keys = arena.take<S>(p.L * this->groups() < kPacking ? 0 : kKeys * p.E);
       w.values = arena.take<S>(kKeys * pitch());
       w.scores = arena.take<S>(kThin * kKeys);
       w.out = arena.take<S>(kThin * pitch());
@@ -93,8 +100,10 @@ class AttentionDecode : AttentionView<P> {
     memset(w.out, 0, sizeof(S) * size_t(rows * pitch()));
     const int64_t first = max64(w.queries[0].begin, number * kPart);
     const int64_t last = min64(w.queries[rows - 1].end, (number + 1) * kPart);
-    for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys)
+    for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
+      fetch(a, j + kKeys, min64(last, j + 2 * kKeys));
       block(w, a, rows, {j, int(min64(kKeys, last - j)), nullptr});
+    }
     const int64_t at = (index * parts() + number) * rows;
     for (int64_t r = 0; r < rows; ++r) {
       part_top[at + r] = w.top[r];
@@ -105,6 +114,7 @@ class AttentionDecode : AttentionView<P> {
 
   void block(Work& w, const Pair& a, int64_t rows, const KeyBlock<S>& k) {
     Span spans[kThin];
+    const bool packed = rows >= kPacking;
     int count = 0;
     for_row_tiles(rows, kMaxPanel, [&](int64_t t, int m) {
       const Query<S>* const q = w.queries + t;
@@ -112,7 +122,12 @@ class AttentionDecode : AttentionView<P> {
       if (seen.begin >= seen.end || ((p.dense.data || p.bias.data) && this->empty(q, m, k, seen))) return;
       const Span s{int(t), m, int(seen.begin / L), int((seen.end + L - 1) / L), seen.end};
       S* const x = w.scores + t * kKeys;
-      dot_products(w, a, k, s, x);
+      if (packed) {
+        if (count == 0) this->transposed(p.k, a, k, p.E, w.keys);
+        this->products({w.rows, p.E}, s.row, s.m, w.keys, p.E, s.v0, s.v1, x);
+      } else {
+        dot_products(w, a, k, s, x);
+      }
       for (int i = 0; i < m; ++i) {
         const int64_t row = t + i;
         soften(a, w.queries[row], k, s, x + i * kKeys, w.top[row], w.sums + row * L, w.out + row * pitch());
@@ -129,6 +144,18 @@ class AttentionDecode : AttentionView<P> {
                          values.panel_pitch(u), s->end - from, o, pitch(), o, pitch()});
       }
     });
+  }
+
+  // Keys and values that come next, on their way into the caches.
+  void fetch(const Pair& a, int64_t from, int64_t to) const {
+    const int64_t size = dtype_size(p.dtype);
+    for (int64_t j = from; j < to; ++j) {
+      const KeyBlock<S> one{j, 1, nullptr};
+      const char* const k = static_cast<const char*>(p.k.data) + View::key_at(p.k, a, one, 0) * size;
+      const char* const v = static_cast<const char*>(p.v.data) + View::key_at(p.v, a, one, 0) * size;
+      for (int64_t e = 0; e < p.E * size; e += 64) __builtin_prefetch(k + e, 0, 2);
+      for (int64_t e = 0; e < p.Ev * size; e += 64) __builtin_prefetch(v + e, 0, 2);
+    }
   }
 
   // Products with keys as they lie in memory.

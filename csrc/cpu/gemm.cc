@@ -158,10 +158,14 @@ void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType d
                      int64_t K) {
   typedef typename P::Sum S;
   constexpr int L = kLanes<S>;
+  const bool whole = P::per_word == 1 && count == L && dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
   for (int64_t k = 0; k < words<P>(K); k += L) {
     const int64_t n = min64(L, words<P>(K) - k), value = k * P::per_word;
     Vec<S> rows[L];
-    for (int i = 0; i < L; ++i) rows[i] = i < count ? load_words<P>(w, dtype, at[i] + value, n, K - value) : Vec<S>{};
+    if (whole && n == L)
+      for (int i = 0; i < L; ++i) rows[i] = load(static_cast<const S*>(w) + at[i] + k);
+    else
+      for (int i = 0; i < L; ++i) rows[i] = i < count ? load_words<P>(w, dtype, at[i] + value, n, K - value) : Vec<S>{};
     transpose<S>(rows);
     for (int i = 0; i < n; ++i) store(dst + (k + i) * pitch, rows[i]);
   }

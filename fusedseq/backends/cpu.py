@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedseq import config
-from fusedseq.backends.cpu_attention import attention_backward, attention_forward
+from fusedseq.backends.cpu_attention import attention_backward, attention_forward, plain_attention
 from fusedseq.backends.cpu_rows import (
     bias_activation_backward,
     bias_activation_forward,
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_backward", "attention_forward", "bias_activation_backward", "bias_activation_forward", "cell_backward",
-    "cell_forward", "layer_norm_backward", "layer_norm_forward", "missing", "name", "scan_backward", "scan_forward",
-    "step", "supports",
+    "cell_forward", "layer_norm_backward", "layer_norm_forward", "missing", "name", "plain_attention", "scan_backward",
+    "scan_forward", "step", "supports",
 ]  # fmt: skip
 
 name = "cpu"

