@@ -185,6 +185,25 @@ struct BiasActivationGradParams {
   void* dbias;  // [d] compute type, or null
 };
 
+// y = x W^T + bias over M rows, for float32 and float64.
+struct LinearParams {
+  DType dtype;  // of all tensors
+  int threads;
+  int64_t M, N, K;
+  const void* x;  // [M, K], rows x_pitch elements apart
+  int64_t x_pitch;
+  const void* w;     // [N, K] dense
+  const void* bias;  // [N] or null
+  void* y;           // [M, N] dense
+};
+// Any result may be null (unwanted).
+struct LinearGradParams {
+  LinearParams fwd;  // as given to forward; y is not read
+  const void* dy;    // [M, N], rows dy_pitch elements apart
+  int64_t dy_pitch;
+  void *dx, *dw, *db;  // [M, K], [N, K], [N], dense
+};
+
 // Entry points of one ISA row of the CPU backend.
 struct CpuTable {
   const char* name;
@@ -199,6 +218,8 @@ struct CpuTable {
   Status (*layer_norm_backward)(const LayerNormGradParams&);
   Status (*bias_activation_forward)(const BiasActivationParams&);
   Status (*bias_activation_backward)(const BiasActivationGradParams&);
+  Status (*linear_forward)(const LinearParams&);
+  Status (*linear_backward)(const LinearGradParams&);
   // y[i] = f(x[i]) over n floats or doubles, which: 0 sigmoid, 1 tanh, 2 2^x. For the accuracy tests.
   void (*math)(int which, DType dtype, const void* x, void* y, int64_t n);
   // Multiply-adds on registers alone, as products of this dtype use them, on the calling thread: the ceiling that

@@ -117,6 +117,13 @@ def bias_activation_backward(
     threads: int, dtype: int, rows: int, d: int, activation: int, dropout: _Dropout | None, tensors: _Tensors3,
     dout: int, dx: _Address, dbias: _Address, /,
 ) -> None: ...  # fmt: skip
+def linear_forward(
+    threads: int, dtype: int, sizes: tuple[int, int, int], x: int, x_pitch: int, w: int, bias: _Address, y: int, /
+) -> None: ...
+def linear_backward(
+    threads: int, dtype: int, sizes: tuple[int, int, int], x: int, x_pitch: int, w: int, dy: int, dy_pitch: int,
+    dx: _Address, dw: _Address, db: _Address, /,
+) -> None: ...  # fmt: skip
 
 class Step:
     def __init__(

@@ -1,4 +1,4 @@
-// What works row by row (layer normalisation, bias and activation): integers in, a params struct, one call.
+// What works on rows (layer normalisation, bias and activation, linear layers): integers in, a params struct, one call.
 #include "bind/rows.h"
 
 #include "bind/attention.h"
@@ -88,6 +88,42 @@ void bias_activation_backward(int threads, int dtype, int64_t rows, int64_t d, i
   call(active_row().bias_activation_backward, p);
 }
 
+// sizes: M, N, K.
+LinearParams linear(int threads, int dtype, const py::tuple& sizes, const py::handle& x, int64_t x_pitch,
+                    const py::handle& w) {
+  LinearParams p{};
+  p.dtype = DType(dtype);
+  p.threads = threads < 1 ? 1 : threads;
+  p.M = sizes[0].cast<int64_t>();
+  p.N = sizes[1].cast<int64_t>();
+  p.K = sizes[2].cast<int64_t>();
+  p.x = pointer(x);
+  p.x_pitch = x_pitch;
+  p.w = pointer(w);
+  return p;
+}
+
+void linear_forward(int threads, int dtype, const py::tuple& sizes, const py::handle& x, int64_t x_pitch,
+                    const py::handle& w, const py::handle& bias, const py::handle& y) {
+  LinearParams p = linear(threads, dtype, sizes, x, x_pitch, w);
+  p.bias = pointer(bias);
+  p.y = pointer(y);
+  call(active_row().linear_forward, p);
+}
+
+void linear_backward(int threads, int dtype, const py::tuple& sizes, const py::handle& x, int64_t x_pitch,
+                     const py::handle& w, const py::handle& dy, int64_t dy_pitch, const py::handle& dx,
+                     const py::handle& dw, const py::handle& db) {
+  LinearGradParams p{};
+  p.fwd = linear(threads, dtype, sizes, x, x_pitch, w);
+  p.dy = pointer(dy);
+  p.dy_pitch = dy_pitch;
+  p.dx = pointer(dx);
+  p.dw = pointer(dw);
+  p.db = pointer(db);
+  call(active_row().linear_backward, p);
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -95,6 +131,8 @@ void bind_rows(py::module_& m) {
   m.def("layer_norm_backward", &layer_norm_backward);
   m.def("bias_activation_forward", &bias_activation_forward);
   m.def("bias_activation_backward", &bias_activation_backward);
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_backward", &linear_backward);
 }
 
 }  // namespace fusedseq

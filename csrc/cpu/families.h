@@ -23,6 +23,8 @@ Status layer_norm_forward(const LayerNormParams& p);
 Status layer_norm_backward(const LayerNormGradParams& p);
 Status bias_activation_forward(const BiasActivationParams& p);
 Status bias_activation_backward(const BiasActivationGradParams& p);
+Status linear_forward(const LinearParams& p);
+Status linear_backward(const LinearGradParams& p);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

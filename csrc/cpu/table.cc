@@ -100,6 +100,8 @@ const CpuTable table = {FSQ_NAME(FSQ_ISA),
                         layer_norm_backward,
                         bias_activation_forward,
                         bias_activation_backward,
+                        linear_forward,
+                        linear_backward,
                         math,
                         multiply_adds};
 

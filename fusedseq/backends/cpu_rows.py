@@ -1,4 +1,4 @@
-"""Layer normalisation, bias and activation on the compiled core for CPUs; part of the backend `cpu`."""
+"""Normalisation, bias and activation, linear layers on the compiled core for CPUs; part of the backend `cpu`."""
 
 from __future__ import annotations
 
@@ -112,3 +112,37 @@ def bias_activation_backward(
             tuple(map(_pointer, tensors)), dout.data_ptr(), _pointer(dx), _pointer(dbias),
         )  # fmt: skip
     return dx, None if dbias is None else dbias.to(p.x.dtype), dout if needs[2] else None
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., n] as rows [M, n] that are dense in themselves."""
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] weight^T + bias, with weight [N, K]; all of one dtype, float32 or float64, and none of them empty."""
+    rows, weight, bias = _matrix(x), weight.contiguous(), _dense(bias)
+    N, K = weight.shape
+    y = x.new_empty((*x.shape[:-1], N))
+    _core.linear_forward(
+        _threads(), _DTYPES[x.dtype], (rows.shape[0], N, K), rows.data_ptr(), rows.stride(0), weight.data_ptr(),
+        _pointer(bias), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias."""
+    upstream, rows, weight = _matrix(dy), _matrix(x), weight.contiguous()
+    N, K = weight.shape
+    dx = _like(x) if needs[0] else None
+    dw = weight.new_empty((N, K)) if needs[1] else None
+    db = weight.new_empty(N) if needs[2] else None
+    _core.linear_backward(
+        _threads(), _DTYPES[x.dtype], (rows.shape[0], N, K), rows.data_ptr(), rows.stride(0), weight.data_ptr(),
+        upstream.data_ptr(), upstream.stride(0), _pointer(dx), _pointer(dw), _pointer(db),
+    )  # fmt: skip
+    return dx, dw, db

@@ -13,8 +13,8 @@ from fusedseq import ops
 from fusedseq.nn.masks import AttentionMask, read_masks
 from fusedseq.nn.scan import ArgumentErrors, foreign
 from fusedseq.nn.twins import FUSED, Fused, TorchMultiheadAttention, base_name
+from fusedseq.ops.linear import linear as _linear
 
-_linear = F.linear
 _NEEDS_MASK = (
     "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
     "`generate_square_subsequent_mask` to create this mask."

@@ -18,9 +18,9 @@ from torch.nn.modules import module as registration
 from fusedseq import ops
 from fusedseq.ops.bias_activation import overwrite
 from fusedseq.ops.check import DTYPES
+from fusedseq.ops.linear import linear
 from fusedseq.ops.rows import is_ordinary
 
-_linear = F.linear
 _is_autocasting = torch._C._is_any_autocast_enabled
 _PARAMETERS = (Tensor, torch.nn.Parameter)
 _GLOBAL_HOOKS = (
@@ -113,8 +113,11 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
         return layer.linear2(layer.dropout(layer.activation(first(x))))
     if not _fits(x, first.weight, first.bias) or first.weight.shape[-1] != x.shape[-1]:
         return layer.linear2(layer.dropout(layer.activation(first(x))))
-    hidden = _linear(x, first.weight)
-    return layer.linear2(overwrite(hidden, first.bias, name, _rate(layer.dropout)))
+    hidden = overwrite(linear(x, first.weight), first.bias, name, _rate(layer.dropout))
+    second = layer.linear2
+    if is_own(second, torch.nn.Linear):
+        return linear(hidden, second.weight, second.bias)
+    return second(hidden)
 
 
 class Sublayers:

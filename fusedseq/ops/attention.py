@@ -19,6 +19,7 @@ from fusedseq.ops import attention_check as check
 from fusedseq.ops import attention_library as library
 from fusedseq.ops import attention_repeat
 from fusedseq.ops.check import _bad_value, _shape
+from fusedseq.ops.derivative import is_watched
 from fusedseq.ops.mask import Mask
 from fusedseq.ops.scan import (
     _PLAIN,
@@ -58,7 +59,7 @@ class Attention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         p = Problem(*tensors, *ctx.numbers)
         needs = library.needed(p, ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_watched(dout, dlse):
             grads = library.call_backward(p, out, lse, dout, dlse, needs, ctx.backend.name)
         else:
             grads = ctx.backend.attention_backward(p, out, lse, dout, dlse, needs)

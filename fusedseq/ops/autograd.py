@@ -69,8 +69,7 @@ class Scan(torch.autograd.Function):
         dx: Any
         dh0: Any
         dc0: Any
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # create_graph=True, or a backward that is being traced: the operator knows its own derivative.
+        if derivative.is_watched(dy, dh_n, dc_n, dc_all):  # the operator knows its own derivative
             if call.step:
                 dx, dh0, dc0, dweights = differentiable_step_backward(
                     call.cell, dh_n, dc_n, x, h0, c0, weights, y, reserve, need_dx, need_dw, call.backend.name

@@ -19,6 +19,8 @@ from fusedseq import registry
 from fusedseq.backends import reference
 from fusedseq.ops import check
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | tuple[()]]
 
 
@@ -100,6 +102,15 @@ def _forward_mode_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Ten
     args = (*args[:11], check.index(args[11]), check.index(args[12]), *args[13:18])
     x, (dx, dh0, dc0, dweights) = args[5], reference.scan_backward(*args)
     return x.new_empty(0) if dx is None else dx, dh0, x.new_empty(0) if dc0 is None else dc0, dweights
+
+
+def is_watched(*upstream: Tensor | None) -> bool:
+    """Whether a backward pass has to be made of operators: its own derivative is wanted (create_graph=True), it is
+    being compiled, or these gradients are a batch that is_grads_batched=True made of them, with no data to point at.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
+    return any(t is not None and _is_batched(t) for t in upstream)
 
 
 def _below(op: Any, keys: Any, args: tuple[Any, ...]) -> Any:

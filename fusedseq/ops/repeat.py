@@ -21,6 +21,7 @@ from fusedseq import registry
 from fusedseq.backends.reference import reserve_like
 from fusedseq.ops import check
 from fusedseq.ops.autograd import differentiable_step_backward
+from fusedseq.ops.derivative import is_watched
 from fusedseq.ops.scan import is_autocasting, is_ordinary, wants_grad
 
 _Guards: Any
@@ -31,7 +32,6 @@ except ImportError:
 
 _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
 _threads = torch.get_num_threads
 _empty_like = torch.empty_like
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -151,7 +151,7 @@ class _Recorded(_SingleLevelFunction):
             return (None,) * len(needs)
         need_dx, need_dw = needs[1], True in needs[4:]
         repeat = ctx.repeat
-        if _is_grad_enabled() or _is_compiling():
+        if is_watched(dh, dc):
             dx, dh0, dc0, dweights = differentiable_step_backward(
                 repeat._cell, dh, dc, x, h, c, weights, h_n, reserve, need_dx, need_dw, repeat.backend.name
             )

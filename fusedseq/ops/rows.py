@@ -22,7 +22,7 @@ from fusedseq import registry
 from fusedseq.backends import reference
 from fusedseq.ops import batching
 from fusedseq.ops.check import DTYPES, _bad_type, _bad_value, _shape
-from fusedseq.ops.derivative import _below, _dual
+from fusedseq.ops.derivative import _below, _dual, is_watched
 from fusedseq.ops.scan import (
     _PLAIN,
     _dispatch_modes,
@@ -314,7 +314,7 @@ class Rows(torch.autograd.Function):
             return (None,) * (3 + op.tensors)
         p = op.problem(*tensors, *ctx.numbers)
         needs = op.needed(tensors, ctx.needs_input_grad[3:])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_watched(*upstream):
             grads = op.call_backward(p, upstream, needs, ctx.backend.name)
         else:
             grads = getattr(ctx.backend, f"{op.name}_backward")(p, upstream, needs)
