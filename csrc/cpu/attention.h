@@ -115,6 +115,13 @@ struct LeftRows {
   int64_t pitch;
 };
 
+// Threads that a call is worth: waking one takes microseconds. No result depends on it.
+constexpr int kMaxThreads = 256;
+FSQ_INLINE int threads_for(const AttentionParams& p) {
+  constexpr int64_t kLittle = 1 << 17;  // multiply-adds
+  return p.B * p.Hq * p.L * p.S * (p.E + p.Ev) < kLittle ? 1 : int(min64(p.threads, kMaxThreads));
+}
+
 template <class P>
 class AttentionView {
  public:

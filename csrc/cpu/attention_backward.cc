@@ -48,7 +48,7 @@ class AttentionBackward : AttentionScores<P> {
     for (int64_t n = 0; n < this->pairs() * subs(); ++n) passed[n] = 0;
     Jobs jobs, biases;
     Barrier all;
-    parallel(int(min64(p.threads, kMaxThreads)), [&](int thread, int count) {
+    parallel(p.threads, [&](int thread, int count) {
       Work& w = work[thread];
       this->prepare(thread, count);
       if (tickets_ && g.dq.data && !direct()) {
@@ -93,7 +93,6 @@ class AttentionBackward : AttentionScores<P> {
   }
 
  private:
-  static constexpr int kMaxThreads = 256;
   Work work[kMaxThreads];
   S *dq_all, *slopes, *q_right_all, *do_right_all;
   int32_t* passed;  // per pair and kSub rows: how many blocks of keys have added to their dq
@@ -109,7 +108,7 @@ class AttentionBackward : AttentionScores<P> {
   bool direct() const { return this->groups() == 1 && this->whole(p.E) && g.dq.data; }
 
   void place(Arena& arena) {
-    for (int t = 0; t < min64(p.threads, kMaxThreads); ++t) {
+    for (int t = 0; t < p.threads; ++t) {
       Work& w = work[t];
       this->place_keys(arena, w.keys);
       this->place_keys(arena, w.picked_keys, this->picks);
@@ -333,7 +332,9 @@ static Status run(const AttentionGradParams& p) {
   return backward.run();
 }
 
-Status attention_backward(const AttentionGradParams& p) {
+Status attention_backward(const AttentionGradParams& call) {
+  AttentionGradParams p = call;
+  p.fwd.threads = threads_for(call.fwd);
   if (p.fwd.dtype == DType::f64) return run<Whole<double>>(p);
 #if FSQ_BF16_PAIRS
   if (p.fwd.dtype == DType::bf16) return run<Bf16Pairs>(p);

@@ -10,7 +10,7 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-constexpr int64_t kThin = 8, kPacking = 4, kPart = 256, kLittle = 1 << 17;
+constexpr int64_t kThin = 8, kPacking = 4, kPart = 256;
 
 template <class P>
 class AttentionDecode : AttentionView<P> {
@@ -47,7 +47,7 @@ class AttentionDecode : AttentionView<P> {
     place(arena);
     Jobs jobs, merges;
     Barrier all;
-    parallel(threads(), [&](int thread, int count) {
+    parallel(p.threads, [&](int thread, int count) {
       Work& w = work[thread];
       for (int64_t j; (j = jobs.take()) < this->pairs() * parts();) part(w, j / parts(), j % parts());
       all.wait(count);
@@ -57,20 +57,14 @@ class AttentionDecode : AttentionView<P> {
   }
 
  private:
-  static constexpr int kMaxThreads = 256;
   Work work[kMaxThreads];
   S *part_top, *part_sum, *part_out;
 
-  // Waking a thread takes microseconds.
-  int threads() const {
-    const int64_t multiply_adds = this->pairs() * p.L * this->groups() * p.S * (p.E + p.Ev);
-    return multiply_adds < kLittle ? 1 : int(min64(p.threads, kMaxThreads));
-  }
   int64_t pitch() const { return round_up(p.Ev, L); }
   int64_t parts() const { return (p.S + kPart - 1) / kPart; }
 
   void place(Arena& arena) {
-    for (int t = 0; t < min64(p.threads, kMaxThreads); ++t) {
+    for (int t = 0; t < p.threads; ++t) {
       Work& w = work[t];
       w.rows = arena.take<S>(kThin * p.E);
       w.keys = arena.take<S>(p.L * this->groups() < kPacking ? 0 : kKeys * p.E);

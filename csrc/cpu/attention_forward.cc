@@ -37,14 +37,13 @@ class AttentionForward : AttentionPanels<P> {
     place(arena);
     list();
     Jobs jobs;
-    parallel(int(min64(p.threads, kMaxThreads)), [&](int thread, int) {
+    parallel(p.threads, [&](int thread, int) {
       for (int64_t j; (j = jobs.take()) < count_;) unit(work[thread], units[j]);
     });
     return Status::ok;
   }
 
  private:
-  static constexpr int kMaxThreads = 256;
   Work work[kMaxThreads];
   Unit* units;
   int64_t count_ = 0;
@@ -63,7 +62,7 @@ class AttentionForward : AttentionPanels<P> {
   void place(Arena& arena) {
     count_ = count_units(unit_rows());
     units = arena.take<Unit>(count_);
-    for (int t = 0; t < min64(p.threads, kMaxThreads); ++t) {
+    for (int t = 0; t < p.threads; ++t) {
       Work& w = work[t];
       this->place_scratch(arena, w.scratch);
       w.panels = arena.take<Panel>(kUnit);
@@ -143,7 +142,9 @@ static Status decode(const AttentionParams& p) {
   return decode.run();
 }
 
-Status attention_forward(const AttentionParams& p) {
+Status attention_forward(const AttentionParams& call) {
+  AttentionParams p = call;
+  p.threads = threads_for(call);
   if (p.dtype == DType::f64)
     return AttentionDecode<Whole<double>>::takes(p) ? decode<double>(p) : run<Whole<double>>(p);
   if (AttentionDecode<Whole<float>>::takes(p)) return decode<float>(p);

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from fusedseq import registry
 from fusedseq.ops import attention_check as check
@@ -41,8 +42,13 @@ def _is_ordinary(p: Problem) -> bool:
     return all(t is None or type(t) in _PLAIN for t in p.tensors()) and not p.q.is_meta
 
 
-class Attention(torch.autograd.Function):
-    """The lean autograd path: one call, run by a backend that has been chosen."""
+class Attention(_SingleLevelFunction):
+    """The lean autograd path: one call, run by a backend that has been chosen.
+
+    What torch.autograd.Function adds in Python is for torch.func, which never gets here.
+    """
+
+    apply: Any  # inherited from C++, where mypy cannot see it
 
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, p: Problem, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
