@@ -71,3 +71,35 @@ def test_forecast(tmp_path: Path) -> None:
     assert [(row["model"], row["module"]) for row in rows[2:]] == [("Longformer", "torch"), ("Longformer", "fusedseq")]
     assert (tmp_path / "forecast.png").stat().st_size > 10_000
     assert "agree" in done.stdout and "torch has no Longformer" in done.stdout
+
+
+def test_numerals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import numerals
+
+    spelled = {
+        0: ("zero", "null"),
+        1: ("one", "eins"),
+        21: ("twenty one", "einundzwanzig"),
+        101: ("one hundred and one", "einhunderteins"),
+        1_000: ("one thousand", "eintausend"),
+        21_406: ("twenty one thousand four hundred and six", "einundzwanzigtausendvierhundertsechs"),
+        701_001: ("seven hundred and one thousand and one", "siebenhunderteintausendeins"),
+    }
+    for n, (english, german) in spelled.items():
+        assert (" ".join(numerals.english(n)), "".join(numerals.german(n))) == (english, german)
+    rows = numerals.TARGET.encode([numerals.german(n) for n in spelled])
+    assert [numerals.TARGET.decode(row) for row in rows] == [numerals.german(n) for n in spelled]
+    learned, unseen = numerals.corpus(500, 200, 0)
+    assert len({*learned, *unseen}) == 700 and min(learned) >= 0 and max(learned) < 1_000_000
+
+
+def test_translation() -> None:
+    """Exit code 0 says that the losses of torch and fusedseq agree."""
+    pytest.importorskip("tqdm")
+    options = ["--steps", "3", "--hidden", "16", "--layers", "1", "--pairs", "200", "--test", "9", "--batch", "32"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "translation.py"), *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "agree" in done.stdout and done.stdout.count("->") == 5 and "Warning" not in done.stderr
