@@ -22,7 +22,7 @@ def _product(
     a, a_stride, rows, take, w, units, in_units, K, R, skip_from, skip,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] product of rows of a with columns `units` of w [K, R]; columns of a from `skip_from` on lie `skip` on."""
+    """[BM, BN] product of rows of a with columns `units` of w [K, R]; a leaves out `skip` columns at `skip_from`."""
     p = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -133,7 +133,7 @@ def _tile(w, gate, H, units, in_units, DOT: tl.constexpr):
 def resident_backward(
     w0, w1,  # [G H, H] of each direction
     reserve,  # [D, N, S] float32, or None (RNN)
-    y,  # [N, D H], RNN only
+    y,  # [N, D H], RNN only; float32 or the type of x
     hp,  # [D, N, H] the state that entered each step, GRU only
     c0,  # [D, B, H] float32 or None
     dy,  # [N, D H] or None

@@ -182,7 +182,8 @@ def resident_forward(
     starts,  # [T] int64, packed rows only
     resets,  # [N] uint8 or None
     T, B, N, H, time_stride, batch_stride,
-    CELL: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CELL: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1)
     D = tl.num_programs(1)
@@ -355,7 +356,7 @@ def streamed_forward(
     p_0, p_1,  # [R, H] or None: W_hr
     h,  # [2, D, B, R] float32: the states before in h[0], those after in h[T % 2]
     c,  # [D, B, H] float32 or None: overwritten
-    mid,  # between the phases of a step; [D, B, H] float32 with a projection, [D, B, 2 H] for a reset before the product
+    mid,  # float32, between the phases of a step: [D, B, H] with a projection, [D, B, 2 H] for gru_reset_before
     y,  # [N, D R]
     c_all,  # [N, D H] or None
     reserve,  # [D, N, S] float32 or None

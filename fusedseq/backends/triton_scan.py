@@ -145,11 +145,7 @@ def scan_forward(
     with as_told(x), on_device(x):
         gx, biases = _product_of_x(x.reshape(N, x.shape[-1]), table), _biases(cell, table)
         p = plan(cell, H, R, B, D, x.dtype)
-        common: dict[str, Any] = {
-            **_constants(p, x.dtype),
-            "CELL": cell,
-            "KEEP": int(save) if reserve is not None else 0,
-        }
+        common: dict[str, Any] = {**_constants(p, x.dtype), "CELL": cell, "KEEP": int(save)}
         tiles = -(-B // p.BM)
         if p.kind == "resident":
             h = _state(h0, (D, B, R), x)
@@ -182,8 +178,8 @@ def scan_forward(
 
 def _gates_again(
     cell: str, x: Tensor, hp: Tensor, table: list[_Weights], reserve: Tensor
-) -> Tensor:  # x [N, I], hp [D, N, R], reserve [D, N, H or 0] -> [D, N, S]
-    """The reserve that a forward pass which kept only the states did not write: one product for all steps at once."""
+) -> Tensor:  # x [N, I], hp [D, N, R], reserve [D, N, H or 0] -> [D, N, S]; of an RNN the states [D, N, H]
+    """What a forward pass that kept only the states did not write, float32: one product for all steps at once."""
     gx, biases = _product_of_x(x, table), _biases(cell, table)
     kept = []
     for d, w in enumerate(table):
@@ -197,6 +193,8 @@ def _gates_again(
             hn = hn if biases is None else hn + biases[d][3 * H :]
             r, z = (gates[0] + hr).sigmoid(), (gates[1] + hz).sigmoid()
             columns = [r, z, (gates[2] + r * hn).tanh(), hn]
+        elif cell == "rnn_tanh":
+            columns = [(gates[0] + _product(hp[d], w.w_hh)).tanh()]
         else:
             hr, hz = _product(hp[d], w.w_hh[: 2 * H]).split(H, 1)
             r, z = (gates[0] + hr).sigmoid(), (gates[1] + hz).sigmoid()
@@ -279,14 +277,18 @@ def scan_backward(
         y = y.reshape(N, D * R)
         states_only = reserve.shape[2] == (H if lstm else 0) and not cell.startswith("rnn")
         hp = None
-        if need_dw or states_only or cell.startswith("gru"):
+        # 1 - h^2 keeps few digits of an h near 1 that has been rounded to a half type.
+        again = states_only or (cell == "rnn_tanh" and dtype != torch.float32)
+        if need_dw or again or cell.startswith("gru"):
             hp = lay.states_before(y, h0, D)
         kept: Tensor | None = reserve
-        if cell.startswith("rnn"):
-            kept = None
-        elif states_only:
+        if again:
             assert hp is not None
             kept = _gates_again(cell, rows, hp, table, reserve)
+        if cell.startswith("rnn"):
+            if kept is not None and again:
+                y = torch.cat(list(kept), 1)
+            kept = None
         dg = (x.new_empty if lengths is None else x.new_zeros)((D, N, _GRADS[cell] * H))
         dy = None if dy is None else dy.contiguous()
         dc_all = None if dc_all is None else dc_all.contiguous()
