@@ -32,12 +32,17 @@ def _expm1_reduced(x):
 
 
 @triton.jit
+def exp_negative(x):
+    """e^x for x <= 0; 0 where that is subnormal."""
+    small = x < _EXP_FLOOR
+    e, scale = _expm1_reduced(tl.where(small, _EXP_FLOOR, x))
+    return tl.where(small, 0.0, e * scale + scale)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x), through t = e^-|x|."""
-    a = -tl.abs(x)
-    small = a < _EXP_FLOOR
-    e, scale = _expm1_reduced(tl.where(small, _EXP_FLOOR, a))
-    t = tl.where(small, 0.0, e * scale + scale)
+    t = exp_negative(-tl.abs(x))
     return tl.where(x < 0, t, 1.0) / (1.0 + t)
 
 

@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 _GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # Columns of the gate gradients for each unit.
 _GRADS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
-# Beyond these the interpreter, which takes milliseconds for a step of a program, would take minutes.
-INTERPRETED_STEPS = 1500
+# A recurrent product of one gate and tile takes the interpreter some ten milliseconds; more of them would take minutes.
+INTERPRETED_PRODUCTS = 1300
 # Half types in, float32 out, as one call: from torch 2.8 on, for CUDA.
 _MM_WIDENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 def supports(call: ScanCall) -> str | None:
     if INTERPRETING:
-        tiles = -(-call.B // plan(call.cell, call.H, call.R, call.B, call.D, call.dtype).BM)
-        if call.T * call.D * tiles > INTERPRETED_STEPS:
-            return f"interpreted, {call.T * call.D * tiles} steps would take minutes"
+        p = plan(call.cell, call.H, call.R, call.B, call.D, call.dtype)
+        tiles = -(-call.B // p.BM) * -(-call.H // p.BN) * -(-call.R // p.BK)
+        products = call.T * call.D * tiles * _GATES[call.cell]
+        if products > INTERPRETED_PRODUCTS:
+            return f"the interpreter would take minutes for {products} products"
     return None
 
 
