@@ -29,4 +29,4 @@ def plan(cell: str, H: int, R: int, B: int, D: int, dtype: torch.dtype) -> Plan:
         width = max(16, 1 << (H - 1).bit_length())
         return Plan("resident", 16, width, width, 4 if width <= 32 else 8, 1)
     kind = "streamed" if max(H, R) <= STREAMED else "step"
-    return Plan(kind, 16, 32, 64 if half else 32, 4, 3 if half else 2)
+    return Plan(kind, 16, 32, 32, 8 if kind == "streamed" else 4, 3 if half else 2)
