@@ -13,6 +13,7 @@ from .attention_gradients import gradients, row_places
 from .attention_mask import (
     ALIBI,
     CAUSAL,
+    DENSE,
     DROPOUT,
     EDGE,
     FAR,
@@ -24,6 +25,7 @@ from .attention_mask import (
     PADDED_EV,
     RIGHT,
     SOFTCAP,
+    allows,
     bounds,
     far_keys,
     far_range,
@@ -37,7 +39,7 @@ from .attention_mask import (
 
 
 @triton.jit
-def _query_step(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, sizes, j, j0, row, tables, numbers,
+def _query_tile(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, sizes, j, j0, row, tables, numbers,
                 random, MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
                 DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What one tile of keys adds to dq of a tile of rows, unscaled, and to the gradients of their slopes, negated."""
@@ -52,6 +54,21 @@ def _query_step(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, 
     if SOFTCAP & FEATURES:
         ds *= tangent
     return tl.dot(ds.to(k.dtype).to(DOT), k.to(DOT), dq, input_precision=PRECISION), slopes
+
+
+@triton.jit
+def _query_step(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, sizes, j, j0, row, tables, numbers,
+                random, MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
+                DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The same, unless the table hides the tile from all rows."""
+    if DENSE & FEATURES:
+        if allows(tables[2][:, None], j[None, :], tables[3], sizes[2], MODE):
+            dq, slopes = _query_tile(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, sizes, j, j0, row,
+                                     tables, numbers, random, MODE, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+    else:
+        dq, slopes = _query_tile(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, sizes, j, j0, row,
+                                 tables, numbers, random, MODE, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+    return dq, slopes
 
 
 @triton.jit
@@ -128,22 +145,14 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options, table_strides, numbers, random,
-              MODE: tl.constexpr, ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
-              BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What the tile of rows from row0 on adds to dk, unscaled, and dv of a tile of keys."""
-    b, hkv, q0, queries, k0, keys, shift = place
-    q, dout, lse, delta, slopes, bias, dense = sources
+def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random, MODE: tl.constexpr,
+              ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
+              DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What a tile of rows adds to dk, unscaled, and dv of a tile of keys."""
+    q, dout, lse, delta, _, _, _ = sources
     sqb, sqh, sqn, sgb, sgh, sgn = strides
-    E, Ev, Hq, G, L = sizes
-    left, right = options
-    real, position, h = rows_from(row0, queries, hkv, G, BM, FEATURES)
-    i = q0 + position
-    d, at, slope, bias_rows, dense_rows = row_places(
-        b, h, i, position, shift, Hq, L, slopes, bias, dense, table_strides, k0, FEATURES
-    )  # fmt: skip
-    begin, end, reach = bounds(d, keys, left, right, FEATURES)
-    b64, h64, i64 = b.to(tl.int64), h.to(tl.int64), i.to(tl.int64)
+    E, Ev = sizes[0], sizes[1]
+    b64, h64, i64 = row[6].to(tl.int64), row[5].to(tl.int64), row[4].to(tl.int64)
     query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, not ALL_ROWS, PADDED_E & FEATURES).to(DOT)
     upstream = load_rows(dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES)
     if ALL_ROWS:
@@ -151,14 +160,39 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
     else:
         row_lse = tl.load(lse + at, mask=real, other=float("inf"))
         row_delta = tl.load(delta + at, mask=real, other=0.0)
-    row = (begin, end, reach, d, i, h, b, k0, keys, slope)
-    tables = (bias_rows, table_strides[3], dense_rows, table_strides[7])
     made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, row_lse, row_delta, j, j0, row, tables, numbers,
                                      random, MODE, False, FEATURES, DOT, PRECISION)  # fmt: skip
     if SOFTCAP & FEATURES:
         ds *= tangent
     dv = tl.dot(made.to(upstream.dtype).to(DOT), upstream.to(DOT), dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(upstream.dtype).to(DOT), query, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options, table_strides, numbers, random,
+              MODE: tl.constexpr, ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+              BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The same for the rows from row0 on, unless the table hides the keys from all of them."""
+    b, hkv, q0, queries, k0, keys, shift = place
+    _, _, _, _, slopes, bias, dense = sources
+    _, _, Hq, G, L = sizes
+    left, right = options
+    real, position, h = rows_from(row0, queries, hkv, G, BM, FEATURES)
+    i = q0 + position
+    d, at, slope, bias_rows, dense_rows = row_places(
+        b, h, i, position, shift, Hq, L, slopes, bias, dense, table_strides, k0, FEATURES
+    )  # fmt: skip
+    begin, end, reach = bounds(d, keys, left, right, FEATURES)
+    tables = (bias_rows, table_strides[3], dense_rows, table_strides[7])
+    row = (begin, end, reach, d, i, h, b, k0, keys, slope)
+    if DENSE & FEATURES:
+        if allows(dense_rows[None, :], j[:, None], table_strides[7], keys, MODE):
+            dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
+                               MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+    else:
+        dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
+                           MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
     return dk, dv
 
 

@@ -24,6 +24,7 @@ from .attention_mask import (
     PADDED_EV,
     SINKS,
     SPLIT,
+    allows,
     bounds,
     far_keys,
     far_range,
@@ -42,7 +43,7 @@ from .attention_mask import (
 
 
 @triton.jit
-def _absorb(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row, tables, numbers, random,
+def _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row, tables, numbers, random,
             MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys joins the sums of all rows."""
@@ -76,6 +77,22 @@ def _absorb(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row
     v = load_rows(value_at, j, value_stride, j < keys, Ev, BV, MODE != INNER, PADDED_EV & FEATURES)
     acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, now
+
+
+@triton.jit
+def _absorb(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row, tables, numbers, random,
+            MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """The same, unless the table hides the tile from all rows."""
+    if DENSE & FEATURES:
+        if allows(tables[2][:, None], j[None, :], tables[3], sizes[2], MODE):
+            acc, total, top = _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row,
+                                           tables, numbers, random, MODE, FEATURES, BE, BV, DOT,
+                                           PRECISION)  # fmt: skip
+    else:
+        acc, total, top = _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row, tables,
+                                       numbers, random, MODE, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+    return acc, total, top
 
 
 @triton.jit

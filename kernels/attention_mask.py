@@ -191,6 +191,12 @@ def load_table(rows, j, stride, keys, MODE: tl.constexpr):
 
 
 @triton.jit
+def allows(rows, j, stride, keys, MODE: tl.constexpr):
+    """Whether a boolean table lets any of the rows see any of the keys, a scalar."""
+    return tl.max(tl.max(load_table(rows, j, stride, keys, MODE).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def kept(seed, limit, j, j0, k0, i, h, b, MODE: tl.constexpr, FEATURES: tl.constexpr):
     """Which keys j [N], from j0 on, dropout leaves to queries i [M] of heads h [M] of batch row b, [M, N].
 
@@ -199,7 +205,8 @@ def kept(seed, limit, j, j0, k0, i, h, b, MODE: tl.constexpr, FEATURES: tl.const
     N: tl.constexpr = j.shape[0]
     if (MODE == FAR) or (PACKED & FEATURES) or (N % 64):
         return philox.kept(seed, limit, j + k0, i, h, b)
-    return philox.kept_blocks(seed, limit, j0 // 64, i, h, b, N // 64)
+    else:  # noqa: RET505 - only one of them is compiled
+        return philox.kept_blocks(seed, limit, j0 // 64, i, h, b, N // 64)
 
 
 @triton.jit
