@@ -25,6 +25,8 @@ from .attention_mask import (
     PADDED_EV,
     RIGHT,
     SOFTCAP,
+    WITH_DK,
+    WITH_DV,
     allows,
     bounds,
     far_keys,
@@ -162,10 +164,12 @@ def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, table
         row_delta = tl.load(delta + at, mask=real, other=0.0)
     made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, row_lse, row_delta, j, j0, row, tables, numbers,
                                      random, MODE, False, FEATURES, DOT, PRECISION)  # fmt: skip
-    if SOFTCAP & FEATURES:
-        ds *= tangent
-    dv = tl.dot(made.to(upstream.dtype).to(DOT), upstream.to(DOT), dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(upstream.dtype).to(DOT), query, dk, input_precision=PRECISION)
+    if WITH_DV & FEATURES:
+        dv = tl.dot(made.to(upstream.dtype).to(DOT), upstream.to(DOT), dv, input_precision=PRECISION)
+    if WITH_DK & FEATURES:
+        if SOFTCAP & FEATURES:
+            ds *= tangent
+        dk = tl.dot(ds.to(upstream.dtype).to(DOT), query, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -248,10 +252,13 @@ def attention_dkv_kernel(
                                  PRECISION)  # fmt: skip
     # Keys behind the length of a row have a gradient too, which is 0.
     stored = j < (S if LENGTHS & FEATURES else keys)
-    dkey = tl.where(here[:, None], dkey * raw_scale, 0.0)
-    dvalue = tl.where(here[:, None], dvalue, 0.0)
-    e, f = tl.arange(0, BE), tl.arange(0, BV)
-    address = dk + b64 * sdkb + head * sdkh + (k64 + j)[:, None] * sdkn + e[None, :]
-    tl.store(address, dkey.to(dk.dtype.element_ty), mask=stored[:, None] & (e < E)[None, :])
-    address = dv + b64 * sdvb + head * sdvh + (k64 + j)[:, None] * sdvn + f[None, :]
-    tl.store(address, dvalue.to(dv.dtype.element_ty), mask=stored[:, None] & (f < Ev)[None, :])
+    if WITH_DK & FEATURES:
+        e = tl.arange(0, BE)
+        address = dk + b64 * sdkb + head * sdkh + (k64 + j)[:, None] * sdkn + e[None, :]
+        dkey = tl.where(here[:, None], dkey * raw_scale, 0.0)
+        tl.store(address, dkey.to(dk.dtype.element_ty), mask=stored[:, None] & (e < E)[None, :])
+    if WITH_DV & FEATURES:
+        f = tl.arange(0, BV)
+        address = dv + b64 * sdvb + head * sdvh + (k64 + j)[:, None] * sdvn + f[None, :]
+        dvalue = tl.where(here[:, None], dvalue, 0.0)
+        tl.store(address, dvalue.to(dv.dtype.element_ty), mask=stored[:, None] & (f < Ev)[None, :])

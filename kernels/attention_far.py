@@ -12,6 +12,8 @@ from .attention_mask import (
     FAR,
     PADDED_E,
     PADDED_EV,
+    WITH_DK,
+    WITH_DV,
     far_keys,
     far_range,
     load_rows,
@@ -60,9 +62,11 @@ def attention_far_kernel(
                                     table_strides, numbers, random, FAR, False, FEATURES, BM, BE, BV, DOT,
                                     PRECISION)  # fmt: skip
         j64 = k64 + j
-        address = dk + b64 * sdkb + head * sdkh + j64[:, None] * sdkn + e[None, :]
-        mask = here[:, None] & (e < E)[None, :]
-        tl.store(address, tl.load(address, mask=mask, other=0.0) + dkey * raw_scale, mask=mask)
-        address = dv + b64 * sdvb + head * sdvh + j64[:, None] * sdvn + f[None, :]
-        mask = here[:, None] & (f < Ev)[None, :]
-        tl.store(address, tl.load(address, mask=mask, other=0.0) + dvalue, mask=mask)
+        if WITH_DK & FEATURES:
+            address = dk + b64 * sdkb + head * sdkh + j64[:, None] * sdkn + e[None, :]
+            mask = here[:, None] & (e < E)[None, :]
+            tl.store(address, tl.load(address, mask=mask, other=0.0) + dkey * raw_scale, mask=mask)
+        if WITH_DV & FEATURES:
+            address = dv + b64 * sdvb + head * sdvh + j64[:, None] * sdvn + f[None, :]
+            mask = here[:, None] & (f < Ev)[None, :]
+            tl.store(address, tl.load(address, mask=mask, other=0.0) + dvalue, mask=mask)

@@ -36,6 +36,8 @@ PADDED_EV = tl.constexpr(1 << 15)
 EXACT = tl.constexpr(1 << 16)
 FOLDED = tl.constexpr(1 << 17)  # a logit is no more than a product times a positive scale: one multiply-add to 2^x
 SPLIT = tl.constexpr(1 << 18)  # keys are cut into parts that a second kernel merges
+WITH_DK = tl.constexpr(1 << 19)  # which gradients a program sums: wide heads have registers for one at a time
+WITH_DV = tl.constexpr(1 << 20)
 ALTERED = tl.constexpr(SOFTCAP.value | BIAS.value | ALIBI.value)
 
 # How a tile of keys is looked at: all rows see all of it; some do not; its keys are picked from beyond the window.

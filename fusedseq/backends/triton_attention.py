@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fusedseq import config
 from fusedseq.kernels import attention_mask as bits
 from fusedseq.kernels.attention_backward import attention_dkv_kernel, attention_dq_kernel
 from fusedseq.kernels.attention_bias import attention_dbias_kernel
-from fusedseq.kernels.attention_config import Tile, tile, width_of
+from fusedseq.kernels.attention_config import Tile, sums, tile, tuned, width_of
 from fusedseq.kernels.attention_decode import attention_merge_kernel
 from fusedseq.kernels.attention_far import attention_far_kernel
 from fusedseq.kernels.attention_forward import attention_forward_kernel
@@ -156,9 +157,17 @@ class _Call:
     def capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self.q.device) if self.q.is_cuda else (9, 0)
 
-    def tile(self, kernel: str, features: int) -> Tile:
-        width = max(self.BE, self.BV)
-        return tile(kernel, width, self.q.dtype, self.capability(), features, self.L * self.G)
+    def launch(self, kernel: str, features: int, run: Callable[[Tile], None], again: bool = True) -> None:
+        """Run a kernel on the tile that is shipped for it, or, if asked for and if it may run `again`, the fastest."""
+        width, dtype, capability = max(self.BE, self.BV), self.q.dtype, self.capability()
+        chosen = tile(kernel, width, dtype, capability, features, self.L * self.G)
+        if config.settings.autotune and again and self.q.is_cuda:
+            from triton.testing import do_bench
+
+            # Without the batch, which must not change a result.
+            sizes = (self.G, self.L.bit_length(), self.S.bit_length(), self.BE, self.BV)
+            chosen = tuned((kernel, features, dtype, capability, *sizes), chosen, run, do_bench)
+        run(chosen)
 
 
 def _like(t: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -206,20 +215,23 @@ def _parts(call: _Call) -> tuple[int, int]:
 
 def _forward(call: _Call, out: Tensor, lse: Tensor, totals: Tensor | None, parts: int, size: int) -> None:
     p, features = call.p, call.features | (bits.SPLIT.value if totals is not None else 0)
-    chosen = call.tile("forward", features)
-    tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
-    if tiles == 0:
-        return
     pairs = call.pairs()
-    attention_forward_kernel[(tiles * pairs, parts)](
-        call.q, call.k, call.v, out, lse, totals, call.bias, call.dense, call.slopes, call.sinks, *call.places(),
-        tile_sequence, tile_first, call.seed, *_strides(call.q), *_strides(call.k), *_strides(call.v),
-        *_strides(out[0] if totals is not None else out), *_broadcast(call.bias), *_broadcast(call.dense),
-        *call.far_strides(), call.B, call.Hq, call.G, call.L, call.S, call.E, call.Ev, call.left, call.right,
-        call.scale, p.softcap, call.limit, call.keep_scale, tiles, pairs, call.section(), size,
-        features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(p.q.dtype), dot_precision(p.q.dtype),
-        num_warps=chosen.warps, num_stages=chosen.stages,
-    )  # fmt: skip
+
+    def run(chosen: Tile) -> None:
+        tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
+        if tiles == 0:
+            return
+        attention_forward_kernel[(tiles * pairs, parts)](
+            call.q, call.k, call.v, out, lse, totals, call.bias, call.dense, call.slopes, call.sinks, *call.places(),
+            tile_sequence, tile_first, call.seed, *_strides(call.q), *_strides(call.k), *_strides(call.v),
+            *_strides(out[0] if totals is not None else out), *_broadcast(call.bias), *_broadcast(call.dense),
+            *call.far_strides(), call.B, call.Hq, call.G, call.L, call.S, call.E, call.Ev, call.left, call.right,
+            call.scale, p.softcap, call.limit, call.keep_scale, tiles, pairs, call.section(), size,
+            features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(p.q.dtype), dot_precision(p.q.dtype),
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+
+    call.launch("forward", features, run)
 
 
 class _Backward:
@@ -254,28 +266,30 @@ class _Backward:
             call.p.softcap, call.limit, call.keep_scale,
         )  # fmt: skip
 
-    def constants(self, chosen: Tile) -> tuple[Any, ...]:
+    def constants(self, chosen: Tile, also: int = 0) -> tuple[Any, ...]:
         call, dtype = self.call, self.call.q.dtype
-        return call.features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(dtype), dot_precision(dtype)
+        return call.features | also, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(dtype), dot_precision(dtype)
 
     def queries(self) -> tuple[Tensor, Tensor | None]:
         """dq, and the gradient of the slopes."""
         call, p = self.call, self.call.p
         dq = _like(p.q, call.E)
-        slopes = None
-        if call.slopes is not None:
-            slopes = torch.zeros_like(self.delta)
+        slopes = None if call.slopes is None else torch.zeros_like(self.delta)
         if p.cu_q is not None:  # rows behind the last sequence are not visited
             dq.zero_()
-        chosen = call.tile("dq", call.features)
-        tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
         pairs = call.pairs()
-        if tiles:
+
+        def run(chosen: Tile) -> None:
+            tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
+            if tiles == 0:
+                return
             attention_dq_kernel[(tiles * pairs,)](
                 *self.sources(), dq, slopes, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
                 *self.strides(), *_strides(dq), *self.table_strides(), *call.far_strides(), *self.sizes(), tiles,
                 pairs, call.section(), *self.constants(chosen), num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
+
+        call.launch("dq", call.features, run)
         return dq, None if slopes is None else -slopes.sum((0, 2))
 
     def keys(self) -> tuple[Tensor, Tensor]:
@@ -286,50 +300,65 @@ class _Backward:
         if p.cu_k is not None:
             dk.zero_()
             dv.zero_()
-        chosen = call.tile("dkv", call.features)
-        tiles, tile_sequence, tile_first = call.tiles(p.cu_k, 1, call.S, chosen.BN)
         pairs = call.pairs()
-        if tiles:
-            attention_dkv_kernel[(tiles * pairs,)](
-                *self.sources(), dk, dv, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
-                *self.strides(), *_strides(dk), *_strides(dv), *self.table_strides(), *call.far_strides(),
-                *self.sizes(), tiles, pairs, call.section(), *self.constants(chosen), num_warps=chosen.warps,
-                num_stages=chosen.stages,
-            )  # fmt: skip
-        if two and tiles:
-            chosen = call.tile("far", call.features)
-            sequences = call.B if p.cu_k is None else p.cu_k.shape[0] - 1
-            tiles = min(FAR_TILES, -(-call.S // chosen.BN))
-            attention_far_kernel[(sequences * call.Hkv * tiles,)](
-                *self.sources(), dk, dv, *self.tables(), *call.places(), call.seed, *self.strides(), *_strides(dk),
-                *_strides(dv), *self.table_strides(), *call.far_strides(), *self.sizes(), tiles,
-                *self.constants(chosen), num_warps=chosen.warps, num_stages=chosen.stages,
-            )  # fmt: skip
+        if call.S == 0 or pairs == 0:
+            return dk, dv
+        shared = (*self.strides(), *_strides(dk), *_strides(dv), *self.table_strides(), *call.far_strides(),
+                  *self.sizes())  # fmt: skip
+        for which in sums(max(call.BE, call.BV)):
+
+            def near(chosen: Tile, which: int = which) -> None:
+                tiles, tile_sequence, tile_first = call.tiles(p.cu_k, 1, call.S, chosen.BN)
+                if tiles == 0:
+                    return
+                attention_dkv_kernel[(tiles * pairs,)](
+                    *self.sources(), dk, dv, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
+                    *shared, tiles, pairs, call.section(), *self.constants(chosen, which), num_warps=chosen.warps,
+                    num_stages=chosen.stages,
+                )  # fmt: skip
+
+            def far(chosen: Tile, which: int = which) -> None:
+                sequences = call.B if p.cu_k is None else p.cu_k.shape[0] - 1
+                tiles = min(FAR_TILES, -(-call.S // chosen.BN))
+                if sequences == 0:
+                    return
+                attention_far_kernel[(sequences * call.Hkv * tiles,)](
+                    *self.sources(), dk, dv, *self.tables(), *call.places(), call.seed, *shared, tiles,
+                    *self.constants(chosen, which), num_warps=chosen.warps, num_stages=chosen.stages,
+                )  # fmt: skip
+
+            call.launch("dkv", call.features | which, near)
+            if two:
+                call.launch("far", call.features | which, far, again=False)
         return dk, dv
 
     def bias(self) -> Tensor:
         call, p = self.call, self.call.p
         assert p.bias is not None
         dbias = p.bias.new_empty(p.bias.shape, dtype=torch.float32)
-        chosen = call.tile("dbias", call.features)
-        row_tiles, key_tiles = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
         over = tuple(size == 1 for size in p.bias.shape)
-        jobs = 1
-        for broadcast, number in zip(over, (call.B, call.Hq, row_tiles, key_tiles), strict=True):
-            jobs *= 1 if broadcast else number
         table, stride = p.global_keys, 0
         if table is not None:
             table = table.view(torch.uint8).contiguous()
             stride = table.stride(0) if table.shape[0] > 1 else 0
         sequences = call.B if p.cu_q is None else p.cu_q.shape[0] - 1
         sizes = self.sizes()
-        if jobs:
+
+        def run(chosen: Tile) -> None:
+            row_tiles, key_tiles = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
+            jobs = 1
+            for broadcast, number in zip(over, (call.B, call.Hq, row_tiles, key_tiles), strict=True):
+                jobs *= 1 if broadcast else number
+            if jobs == 0:
+                return
             attention_dbias_kernel[(jobs,)](
                 *self.sources(), dbias, *self.tables(), p.key_lengths, p.cu_q, p.cu_k, table, call.ranks, call.seed,
                 *self.strides(), *self.table_strides(), stride, call.far_strides()[1], sequences, *sizes[:9],
                 *sizes[10:], row_tiles, key_tiles, *over, *self.constants(chosen), num_warps=chosen.warps,
                 num_stages=chosen.stages,
             )  # fmt: skip
+
+        call.launch("dbias", call.features, run)
         return dbias
 
     def sinks(self, lse: Tensor) -> Tensor:
