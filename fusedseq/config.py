@@ -80,4 +80,9 @@ def in_force(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     return {name: value for name, value in sorted(environ.items()) if name.startswith(_RELATED) and value}
 
 
+def compiling() -> dict[str, str]:
+    """The environment of a process that compiles Triton's kernels, whatever this one does with them."""
+    return {**os.environ, "TRITON_INTERPRET": "0"}
+
+
 settings = load()

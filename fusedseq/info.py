@@ -6,6 +6,7 @@ Needs torch and numpy only, and works without the compiled core.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -92,6 +93,14 @@ def caches() -> dict[str, str]:
 def backends() -> dict[str, str | None]:
     """Why each backend is missing, in the order in which they are tried; None: it is usable."""
     return {name: module.missing() for name, module in registry.backends().items()}
+
+
+def kernels() -> int:
+    """Compile every Triton kernel and print what it needs of a GPU; the exit status of that."""
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed: it comes with torch on Linux, or pip install triton", file=sys.stderr)
+        return 1
+    return subprocess.run([sys.executable, "-m", "fusedseq.kernels.aot"], env=config.compiling()).returncode
 
 
 def isa() -> dict[str, Any]:

@@ -38,7 +38,7 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def _as_told(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def as_told(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """The specification computes in the dtype it is given; autocast has had its say before."""
     if torch._C._is_any_autocast_enabled():
         return torch.autocast(x.device.type, enabled=False)
@@ -60,7 +60,7 @@ def scan_forward(
     save: int,
     panels: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    with _as_told(x):
+    with as_told(x):
         y, h_n, c_n, c_all = scan.forward(
             cell, x, h0, c0, weights,
             bidirectional=bidirectional, batch_first=batch_first,
@@ -145,7 +145,7 @@ def scan_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
-    with _as_told(x):
+    with as_told(x):
         dx, dh0, dc0, dweights = scan.backward(
             cell, dy, dh_n, dc_n, dc_all, x, h0, c0, weights,
             bidirectional=bidirectional, batch_first=batch_first,
@@ -155,7 +155,7 @@ def scan_backward(
 
 
 def attention_forward(p: attention.Problem) -> tuple[Tensor, Tensor]:
-    with _as_told(p.q):
+    with as_told(p.q):
         return attention.forward(p)
 
 
@@ -167,26 +167,26 @@ def attention_backward(
     dlse: Tensor | None,
     needs: Sequence[bool],  # of q, k, v, bias, alibi_slopes, sinks
 ) -> tuple[Tensor | None, ...]:
-    with _as_told(p.q):
+    with as_told(p.q):
         grads = attention.backward(p, dout, dlse)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def layer_norm_forward(p: layer_norm.Problem) -> tuple[Tensor, Tensor | None]:
-    with _as_told(p.x):
+    with as_told(p.x):
         return layer_norm.forward(p)
 
 
 def layer_norm_backward(
     p: layer_norm.Problem, upstream: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    with _as_told(p.x):
+    with as_told(p.x):
         grads = layer_norm.backward(p, upstream[0], upstream[1])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def bias_activation_forward(p: bias_activation.Problem, out: Tensor | None = None) -> tuple[Tensor]:
-    with _as_told(p.x):
+    with as_told(p.x):
         return bias_activation.forward(p)
 
 
@@ -194,6 +194,6 @@ def bias_activation_backward(
     p: bias_activation.Problem, upstream: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     assert upstream[0] is not None
-    with _as_told(p.x):
+    with as_told(p.x):
         grads = bias_activation.backward(p, upstream[0])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -25,7 +25,7 @@ device = "cuda"  # the registry offers it no other tensors, unless it is asked f
 OLDEST = (3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which module takes which kind of call.
-_MODULES: dict[str, str] = {"AttentionCall": "fusedseq.backends.triton_attention"}
+_MODULES = {"ScanCall": "triton_scan", "RowCall": "triton_rows", "AttentionCall": "triton_attention"}
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def supports(call: Call) -> str | None:
     module = _MODULES.get(type(call).__name__)
     if module is None:
         return f"it has no kernel for {call.cell}"
-    reason: str | None = importlib.import_module(module).supports(call)
+    reason: str | None = importlib.import_module(f"fusedseq.backends.{module}").supports(call)
     return reason
 
 

@@ -1,0 +1,103 @@
+"""The scan kernels as they ship, for `aot`: every cell in float32 and bfloat16, with all that is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fusedseq.kernels import scan_backward, scan_forward
+from fusedseq.kernels.aot import Variant
+from fusedseq.kernels.runtime import TYPES
+from fusedseq.kernels.scan_plan import RESIDENT, STREAMED, plan
+
+CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_SIZES = dict.fromkeys(("T", "B", "N", "H", "R", "time_stride", "batch_stride"), "i32")
+
+
+def _common(cell: str, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that all kernels share, and the options of the compiler."""
+    p = plan(cell, H, H, 64, 2, dtype)
+    arguments: dict[str, Any] = {
+        **_SIZES, "CELL": cell, "BM": p.BM, "BN": p.BN, "BK": p.BK, "DOT": TYPES[dtype], "PRECISION": "ieee",
+        "lengths": "*i64", "starts": None, "resets": "*u8", "s": "i32",
+    }  # fmt: skip
+    return arguments, {"warps": p.warps, "stages": p.stages}
+
+
+def _forward(cell: str, dtype: torch.dtype, projected: bool) -> dict[str, Any]:
+    t = f"*{TYPES[dtype].name}"
+    lstm = cell == "lstm"
+    return {
+        "gx": "*fp32", "w0": t, "w1": t, "biases": "*fp32", "p_0": t if projected else None,
+        "p_1": t if projected else None, "h": "*fp32", "c": "*fp32" if lstm else None, "mid": "*fp32", "y": t,
+        "c_all": t if lstm else None, "reserve": None if cell.startswith("rnn") else "*fp32",
+        "KEEP": 0 if cell.startswith("rnn") else 1, "PROJECTED": projected,
+    }  # fmt: skip
+
+
+def _backward(cell: str, dtype: torch.dtype, projected: bool) -> dict[str, Any]:
+    t = f"*{TYPES[dtype].name}"
+    lstm, gru = cell == "lstm", cell.startswith("gru")
+    return {
+        "w0": t, "w1": t, "p_0": t if projected else None, "p_1": t if projected else None,
+        "reserve": "*fp32" if lstm or gru else None, "y": "*fp32" if cell == "rnn_tanh" else t,
+        "hp": t if gru else None, "c0": "*fp32" if lstm else None, "dy": t, "dc_all": t if lstm else None,
+        "dh": "*fp32",
+        "dc": "*fp32" if lstm else None, "carry": "*fp32" if gru else None, "dhr": t if projected else None, "dg": t,
+        "PROJECTED": projected,
+    }  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for cell in CELLS:
+            yield from _cell(cell, dtype)
+    yield from _edges()
+
+
+def _edges() -> Iterator[Variant]:
+    """What the compiler is stricter about than the interpreter: arguments left out, and sizes of 1, which are constants."""
+    dtype = torch.bfloat16
+    left_out = ("biases", "c_all", "lengths", "resets", "c0", "dy", "dc_all")
+    ones = dict.fromkeys(("T", "B", "N", "time_stride", "batch_stride"), 1)
+    for cell, H, kernels in (
+        ("lstm", 64, (scan_forward.resident_forward, scan_backward.resident_backward)),
+        ("gru", 128, (scan_forward.streamed_forward, scan_backward.streamed_backward)),
+        ("lstm", 128, (scan_forward.streamed_forward, scan_backward.streamed_backward)),
+        ("gru_reset_before", 512, (scan_forward.step_forward, scan_backward.step_backward)),
+    ):
+        common, options = _common(cell, H, dtype)
+        for make, kernel in zip((_forward, _backward), kernels, strict=True):
+            whole = {**common, **make(cell, dtype, False), "PHASE": 0}
+            bare = {**whole, **dict.fromkeys(left_out), "starts": "*i64", "lengths": "*i64"}
+            if make is _forward:
+                bare |= {"KEEP": 2 if cell == "lstm" else 0, "reserve": "*fp32" if cell == "lstm" else None}
+            for word, arguments in (("bare", bare), ("ones", whole | ones)):
+                name = f"{cell}-{kernel.__name__}-{word}"
+                yield Variant(name, kernel, arguments, dots=True, everywhere=False, **options)
+
+
+def _cell(cell: str, dtype: torch.dtype) -> Iterator[Variant]:
+    half = dtype != torch.float32
+    kernels = {
+        "resident": (scan_forward.resident_forward, scan_backward.resident_backward),
+        "streamed": (scan_forward.streamed_forward, scan_backward.streamed_backward),
+        "step": (scan_forward.step_forward, scan_backward.step_backward),
+    }
+    for kind, H in (("resident", RESIDENT[dtype]), ("streamed", STREAMED), ("step", 2 * STREAMED)):
+        common, options = _common(cell, H, dtype)
+        for projected in (False, True) if cell == "lstm" and kind != "resident" else (False,):
+            two = kind == "step" and (projected or cell == "gru_reset_before")
+            for phase in (0, 1) if two else (0,):
+                name = f"{cell}{'_projected' if projected else ''}-{kind}-{SHORT[dtype]}"
+                name += f"-phase{phase}" if two else ""
+                for make, kernel, direction in zip(
+                    (_forward, _backward), kernels[kind], ("forward", "backward"), strict=True
+                ):
+                    arguments = {**common, **make(cell, dtype, projected), "PHASE": phase}
+                    # The largest of their kind, and the ones that multiply by what the architecture has.
+                    largest = half and kind != "step" and cell in ("lstm", "gru_reset_before")
+                    yield Variant(f"{name}-{direction}", kernel, arguments, dots=half, everywhere=largest, **options)
