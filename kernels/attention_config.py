@@ -35,31 +35,31 @@ _HALF = {
     (9, "forward", 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
     (9, "dq", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     (9, "dq", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (9, "dq", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (9, "dq", 256): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (9, "dkv", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
     (9, "dkv", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
-    (9, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (9, "dkv", 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
     (8, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (8, "forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
     (8, "forward", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     (8, "dq", 64): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     (8, "dq", 128): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-    (8, "dq", 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (8, "dq", 256): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 1)),
+    (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
 # float32 without TF32 is multiplied outside the tensor cores, with operands in registers.
 _SINGLE = {
-    ("forward", 64): Tile(32, 32, 4, 2),
-    ("forward", 128): Tile(32, 32, 8, 2),
-    ("forward", 256): Tile(16, 32, 8, 1),
-    ("dq", 64): Tile(32, 32, 4, 2),
-    ("dq", 128): Tile(32, 32, 8, 2),
-    ("dq", 256): Tile(16, 32, 8, 1),
-    ("dkv", 64): Tile(32, 32, 8, 2),
-    ("dkv", 128): Tile(16, 32, 8, 2),
-    ("dkv", 256): Tile(16, 32, 8, 1),
+    ("forward", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("forward", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("forward", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("dq", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("dq", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("dq", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("dkv", 64): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    ("dkv", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("dkv", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
 }
 _KIN = {"dbias": "dq", "far": "dkv"}  # whose tiles they take, those of what is not only masked
 
@@ -72,7 +72,7 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
         return INTERPRETED[kernel]
     width = max(width, 64)
     if dtype == torch.float32:
-        chosen = _SINGLE[kernel, width]
+        chosen = _SINGLE[kernel, width][heavy]
     else:
         chosen = _HALF[9 if capability[0] in (9, 10) else 8, kernel, width][heavy]
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys

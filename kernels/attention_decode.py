@@ -22,7 +22,7 @@ def attention_merge_kernel(
     top = tl.full((1,), float("-inf"), tl.float32)
     one = tl.arange(0, 1)
     for part in range(parts):
-        at = part * rows.to(tl.int64) + row
+        at = row + tl.cast(part, tl.int64) * rows
         its_top = tl.load(part_top + at + one)
         now = tl.maximum(top, its_top)
         base = tl.where(now == float("-inf"), 0.0, now)
