@@ -30,6 +30,7 @@ class Settings:
     isa: str | None = None
     scratch_mb: int = 256
     interpret: bool = False
+    autotune: bool = False
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -67,6 +68,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         strict=_flag(environ, "FUSEDSEQ_STRICT"),
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
+        autotune=_flag(environ, "FUSEDSEQ_AUTOTUNE"),
         # Triton's own variable, and its own reading of it.
         interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )

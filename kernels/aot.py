@@ -26,14 +26,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("scan_variants", "rows_variants")
+MODULES = ("scan_variants", "rows_variants", "attention_variants")
 CAPABILITIES = (80, 90)
 # What a block can have of shared memory, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 class Variant(NamedTuple):
-    """A kernel with all that settles its code. Of the arguments, what is no type (`"*bf16"`, `"i32"`) is a constant."""
+    """A kernel with all that settles its code. Of the arguments, what is no type is a constant.
+
+    Types are written `"*bf16"`, `"i32"`, and `"i32:16"` for a multiple of 16.
+    """
 
     name: str
     kernel: Any
@@ -42,6 +45,7 @@ class Variant(NamedTuple):
     warps: int = 4
     stages: int = 3
     everywhere: bool = True  # else `--part` compiles it for the newest architecture only
+    capabilities: tuple[int, ...] = CAPABILITIES  # where tiles differ, each has a variant of the same name
 
 
 class Resources(NamedTuple):
@@ -61,11 +65,11 @@ def _source(variant: Variant) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(variant.kernel.params):
         value = variant.arguments[parameter.name]
-        runtime = not parameter.is_constexpr and isinstance(value, str)
-        signature[parameter.name] = value if runtime else "constexpr"
-        if not runtime:
-            constants[parameter.name] = value
-        elif value.startswith("*"):
+        if parameter.is_constexpr or not isinstance(value, str):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = value.removesuffix(":16")
+        if value.startswith("*") or value.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constants, attributes)
 
@@ -102,21 +106,24 @@ def names(part: bool = False) -> dict[str, list[str]]:
     """The variants of each architecture."""
     every = list(variants())
     return {
-        f"sm_{c}": [v.name for v in every if not part or v.everywhere or c == CAPABILITIES[-1]] for c in CAPABILITIES
+        f"sm_{c}": [
+            v.name for v in every if c in v.capabilities and (not part or v.everywhere or c == CAPABILITIES[-1])
+        ]
+        for c in CAPABILITIES
     }
 
 
 def table(part: bool = False, processes: int = 2) -> dict[str, dict[str, list[Any]]]:
     """By architecture and variant, the fields of `Resources`."""
-    index = {v.name: i for i, v in enumerate(variants())}
+    every = list(variants())
+    index = {(v.name, c): i for i, v in enumerate(every) for c in v.capabilities}
     chosen = names(part)
-    jobs = [(index[name], c) for c in CAPABILITIES for name in chosen[f"sm_{c}"]]
+    jobs = [(index[name, c], c) for c in CAPABILITIES for name in chosen[f"sm_{c}"]]
     with ProcessPoolExecutor(processes) as pool:
         results = list(pool.map(_one, jobs))
-    every = list(index)
     found: dict[str, dict[str, list[Any]]] = {architecture: {} for architecture in chosen}
     for (i, capability), resources in zip(jobs, results, strict=True):
-        found[f"sm_{capability}"][every[i]] = list(resources)
+        found[f"sm_{capability}"][every[i].name] = list(resources)
     return found
 
 

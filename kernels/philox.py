@@ -47,11 +47,13 @@ def kept_blocks(seed, limit, block, c1, c2, c3, BLOCKS: tl.constexpr):
     c2 = zero + tl.broadcast_to(tl.to_tensor(c2), (M,)).to(tl.uint32)[:, None]
     c3 = zero + tl.broadcast_to(tl.to_tensor(c3), (M,)).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = words(seed, c0, c1, c2, c3)
+    # Compared before they move between threads: a byte for an element and not four.
+    least = tl.to_tensor(limit).to(tl.uint32)
+    even = tl.join((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
+    odd = tl.join((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
     # [.., 16 BLOCKS, 2, 2] with word 2 k + l at [.., k, l]; column 64 a + 16 w + n has word w of counter 16 a + n.
-    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    grouped = tl.reshape(pairs, (M, BLOCKS, 16, 4))
-    columns = tl.reshape(tl.permute(grouped, (0, 1, 3, 2)), (M, 64 * BLOCKS))
-    return columns >= tl.to_tensor(limit).to(tl.uint32)
+    grouped = tl.reshape(tl.join(even, odd), (M, BLOCKS, 16, 4))
+    return tl.reshape(tl.permute(grouped, (0, 1, 3, 2)), (M, 64 * BLOCKS)) != 0
 
 
 @triton.jit

@@ -25,7 +25,7 @@ device = "cuda"  # the registry offers it no other tensors, unless it is asked f
 OLDEST = (3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which module takes which kind of call.
-_MODULES = {"ScanCall": "triton_scan", "RowCall": "triton_rows"}
+_MODULES = {"ScanCall": "triton_scan", "RowCall": "triton_rows", "AttentionCall": "triton_attention"}
 
 
 @functools.cache

@@ -1,0 +1,120 @@
+"""Tiles of the attention kernels: which are shipped, which one a call gets, and how others are tried on request."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from . import attention_mask as bits
+from .runtime import INTERPRETING
+
+
+class Tile(NamedTuple):
+    """BM rows (queries) and BN keys at a time, by so many warps, with so many tiles of the loop in flight."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+# Small, so that short tests have tiles of every kind; 64 keys, so that dropout takes its fast way.
+INTERPRETED = {"forward": Tile(32, 64, 4, 1), "dq": Tile(32, 64, 4, 1), "dkv": Tile(64, 64, 4, 1)}
+# Rows of a pair up to which a smaller tile is filled better.
+FEW_ROWS = 16
+# A logit that is more than a product, or a probability more than its power of two, needs registers of its own.
+HEAVY = bits.ALTERED.value | bits.DENSE.value | bits.DROPOUT.value
+_HALF = {
+    # (capability, kernel, width): tiles of what is only masked by structure, and of what is not.
+    (9, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+    (9, "forward", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    (9, "forward", 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (9, "dq", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (9, "dq", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (9, "dq", 256): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (9, "dkv", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+    (9, "dkv", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (9, "dkv", 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+    (8, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+    (8, "forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    (8, "forward", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (8, "dq", 64): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, "dq", 128): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    (8, "dq", 256): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
+    (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+}
+# float32 without TF32 is multiplied outside the tensor cores, with operands in registers.
+_SINGLE = {
+    ("forward", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("forward", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("forward", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("dq", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("dq", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("dq", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("dkv", 64): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    ("dkv", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    ("dkv", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+}
+_KIN = {"dbias": "dq", "far": "dkv"}  # whose tiles they take, those of what is not only masked
+
+
+def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> Tile:
+    """The tile of a kernel ("forward", "dq", "dkv", "far", "dbias") for heads of this width. `rows` are a pair's."""
+    heavy = bool(features & HEAVY) or kernel in _KIN
+    kernel = _KIN.get(kernel, kernel)
+    if INTERPRETING:
+        return INTERPRETED[kernel]
+    width = max(width, 64)
+    if dtype == torch.float32:
+        chosen = _SINGLE[kernel, width][heavy]
+    else:
+        chosen = _HALF[9 if capability[0] in (9, 10) else 8, kernel, width][heavy]
+    if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
+        return Tile(16, min(64, chosen.BN), 4, chosen.stages)
+    return chosen
+
+
+def width_of(size: int) -> int:
+    """A tile's width for heads of this size: a power of two that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def sums(width: int) -> tuple[int, ...]:
+    """Which of dk and dv a program sums, for each time that its kernel is launched."""
+    dk, dv = bits.WITH_DK.value, bits.WITH_DV.value
+    return (dk, dv) if width > 128 else (dk | dv,)
+
+
+# Tiles that took the least time, by what settles it.
+_tuned: dict[Hashable, Tile] = {}
+
+
+def tuned(
+    key: Hashable, shipped: Tile, launch: Callable[[Tile], object], time: Callable[[Callable[[], object]], float]
+) -> Tile:
+    """The fastest of the shipped tile and its neighbours, measured at the first call with this key."""
+    if key not in _tuned:
+        taken: dict[Tile, float] = {}
+        for one in neighbours(shipped):
+            try:
+                taken[one] = time(functools.partial(launch, one))
+            except OutOfResources:
+                if one == shipped:
+                    raise
+        _tuned[key] = min(taken, key=taken.__getitem__)
+    return _tuned[key]
+
+
+def neighbours(shipped: Tile) -> list[Tile]:
+    """A tile, and those that differ from it in one thing."""
+    BM, BN, warps, stages = shipped
+    others = [Tile(BM, BN, warps, n) for n in (stages - 1, stages + 1) if n > 0]
+    others += [Tile(BM, n, warps, stages) for n in (BN // 2, BN * 2) if 32 <= n <= 128]
+    others += [Tile(n, BN, warps, stages) for n in (BM // 2, BM * 2) if 16 <= n <= 128]
+    return [shipped, *others, Tile(BM, BN, 12 - warps, stages)] if warps in (4, 8) else [shipped, *others]
