@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import Cases
 from hypothesis import settings
 
 # A change lands or not by the same draws each time; `--hypothesis-profile default` looks further.
@@ -43,3 +44,9 @@ def _poison() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ran() -> Ran:
     return set()
+
+
+@pytest.fixture(scope="session")
+def cases() -> Cases:
+    """The emulator's own test kernels."""
+    return Cases()
