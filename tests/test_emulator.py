@@ -196,7 +196,7 @@ def test_ring(cases, seed, cluster, grid):
         (1, ["which may not have started"]),
         (2, ["race: ", "the block exits while a peer may still access", "has exited"]),
         (3, ["race: "]),
-        (4, ["the block exits while a peer may still access its shared memory", "whose shared memory this is, has exited"]),
+        (4, ["the block exits while a peer may still access its shared memory", "this is, has exited"]),
         (5, ["rank 101 in a cluster of 4", "rank 102", "rank 103", "rank 100"]),
         (6, ["st.shared::cluster out of bounds"]),
         (7, ["cluster_wait: this thread has not arrived"]),
@@ -236,6 +236,17 @@ def test_relay(cases, seed, cluster, bulk):
 def test_bugs_of_mbarriers(cases, seed, bug, bulk, messages):
     error = cases.relay(bug, bulk, values(2, 64), 64, 2, 2, 7)
     assert any(message in error for message in messages), error
+
+
+def test_hand_over(cases, seed):
+    x, y = values(64), nothing(64)
+    assert cases.hand_over(0, x, y, 64) == ""
+    assert np.array_equal(y, x[::-1])
+
+
+@pytest.mark.parametrize("bug", [1, 2])
+def test_hand_over_of_what_was_not_published(cases, seed, bug):
+    assert "race: " in cases.hand_over(bug, values(64), nothing(64), 64)
 
 
 def test_remote_values_of_every_size(cases, seed):
@@ -306,6 +317,37 @@ def test_atomics(cases, seed):
     assert cases.accumulate(x, total, counts, n, grid) == ""
     assert np.allclose(total, x.sum(), atol=1e-4)
     assert counts.tolist() == [n * grid - 1, n * grid]
+
+
+# All together.
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """x rounded to bfloat16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def half_bits(x: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("H, cluster, grid", [(64, 1, 1), (128, 2, 4), (128, 8, 8)])
+def test_scan(cases, seed, H, cluster, grid):
+    T, B = 6, 16 * grid // cluster
+    w = rounded(np.random.default_rng(1).standard_normal((H, H)) / np.sqrt(H))
+    x, y = values(T, B, H), nothing(T, B, H)
+    assert cases.scan(0, half_bits(w), x, y, T, B, H, cluster) == ""
+    # Each step from the state that the kernel had: a value that rounds to the other side would spread.
+    before = np.concatenate([np.zeros((1, B, H), np.float32), y[:-1]])
+    assert np.allclose(y, np.tanh(rounded(before) @ w.T + x), atol=1e-5)
+
+
+@pytest.mark.parametrize("bug", [1, 2])
+def test_scan_without_its_barriers(cases, seed, bug):
+    T, B, H = 6, 16, 64
+    error = cases.scan(bug, half_bits(rounded(values(H, H))), values(T, B, H), nothing(T, B, H), T, B, H, 2)
+    assert "race: " in error or "may not have started" in error, error
 
 
 # The device and its limits.

@@ -1,4 +1,4 @@
-"""The emulator's test kernels compile for devices too: every wrapper of ptx.cuh assembles to the instruction it is for."""
+"""The emulator's test kernels compile for devices too, and the wrappers of ptx.cuh become the instructions meant."""
 
 import importlib.util
 import re
@@ -16,8 +16,9 @@ EVERYWHERE = {
     "warp": ["HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.MT88.2"],
     "copy": ["LDGSTS", "LDGDEPBAR", "DEPBAR"],
     "block": ["BAR.SYNC", "BAR.ARV"],
-    "grid": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "REDG.E.ADD.STRONG.GPU", "MEMBAR", "NANOSLEEP"],
+    "grid": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "ATOMG.E.ADD.STRONG.GPU", "MEMBAR", "NANOSLEEP"],
     "cluster": [],
+    "scan": ["HMMA.16816.F32.BF16", "LDSM.16.M88.2"],
 }
 HOPPER = {"cluster": ["UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "STAS", "UBLKCP.S.S", "UBLKCP.S.G", "FENCE.VIEW.ASYNC"]}
 

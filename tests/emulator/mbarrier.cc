@@ -17,7 +17,7 @@ Mbarrier* lookup(Block* block, uint32_t offset) {
   return nullptr;
 }
 
-Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr) {
+Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr, bool reads = false) {
   const Target target = resolve(address, kMbarrierBytes, kMbarrierBytes, call);
   Mbarrier* barrier = lookup(target.block, target.offset);
   if (!barrier) fail("%s: no mbarrier has been initialised at byte %u of the shared memory", call, target.offset);
@@ -25,7 +25,7 @@ Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr) {
   if (barrier->initialiser != me->id && !covers(me->seen.get(), barrier->initialiser, barrier->initialised))
     fail("%s: no barrier orders it after the mbarrier's initialisation by %s", call,
          describe(barrier->initialiser).c_str());
-  if (target.block != me->block) target.block->remote[me->id] = machine.now;
+  if (target.block != me->block) target.block->remote[reads ? me->id | kArrival : me->id] = machine.now;
   if (owner) *owner = target.block;
   return *barrier;
 }
@@ -103,17 +103,22 @@ void mbarrier_inval(uint32_t address) {
   owner->mbarriers.pop_back();
 }
 
-void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, bool remote) {
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival) {
   const char* call = expected_bytes ? "mbarrier_arrive_expect_tx" : "mbarrier_arrive";
-  Mbarrier& barrier = find(address, call);
-  const bool own = lookup(self()->block, barrier.offset) == &barrier;
-  if (!own && !remote) fail("%s: the mbarrier lies in another block; %s_remote arrives there", call, call);
+  const bool reads = arrival == Arrival::remote_reads;
+  Block* owner = nullptr;
+  Mbarrier& barrier = find(address, call, &owner, reads);
+  const Thread* me = self();
+  const bool own = owner == me->block;
+  if (!own && arrival == Arrival::own)
+    fail("%s: the mbarrier lies in another block; %s_remote arrives there", call, call);
   if (barrier.pending == 0)
     fail("%s: over-arrival: all %u arrivals of phase %llu have come, only data is missing", call, barrier.count,
          (unsigned long long)barrier.phase);
   barrier.bytes += expected_bytes;
   if (barrier.bytes > kMaxBytes) fail("%s: more than 2^20 - 1 bytes expected in one phase", call);
-  const ClockRef published = release();
+  ClockRef published = release();
+  if (reads && !own) published = reads_only(published, me->id, machine.now++);
   if (own) barrier.arrived = join(barrier.arrived, published);
   barrier.arrived_cluster = join(barrier.arrived_cluster, published);
   --barrier.pending;

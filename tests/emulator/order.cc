@@ -58,10 +58,15 @@ Clock* copy(const ClockRef& clock) {
 
 bool covers(const Clock* clock, ThreadId id, Stamp stamp) {
   if (!clock) return false;
-  if (!(id & kAgent) &&
-      (covered(clock->blocks, id / kThreadsPerBlock, stamp) || covered(clock->warps, id / kWarpSize, stamp)))
-    return true;
-  return covered(clock->threads, id, stamp);
+  if (covered(clock->threads, id, stamp)) return true;
+  if (id & kAgent) return false;
+  const ThreadId thread = id & ~kArrival;
+  return covered(clock->blocks, thread / kThreadsPerBlock, stamp) || covered(clock->warps, thread / kWarpSize, stamp) ||
+         (thread != id && covered(clock->threads, thread, stamp));
+}
+
+bool covers_read(const Clock* clock, ThreadId id, Stamp stamp) {
+  return covers(clock, id, stamp) || (clock && covers(clock->reads.get(), id, stamp));
 }
 
 ClockRef join(const ClockRef& a, const ClockRef& b) {
@@ -71,6 +76,14 @@ ClockRef join(const ClockRef& a, const ClockRef& b) {
   merge(made->blocks, a.get()->blocks, b.get()->blocks);
   merge(made->warps, a.get()->warps, b.get()->warps);
   merge(made->threads, a.get()->threads, b.get()->threads);
+  made->reads = join(a.get()->reads, b.get()->reads);
+  return ClockRef(made);
+}
+
+ClockRef reads_only(const ClockRef& reads, ThreadId id, Stamp stamp) {
+  Clock* made = new Clock;
+  made->threads.push_back({id | kArrival, stamp});
+  made->reads = reads;
   return ClockRef(made);
 }
 
