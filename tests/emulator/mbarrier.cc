@@ -36,9 +36,8 @@ void mark(Block* block, uint32_t offset, Record record) {
 
 void complete_if_done(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
-  barrier.completed = join(barrier.completed, barrier.arrived);
-  barrier.completed_cluster = join(barrier.completed_cluster, barrier.arrived_cluster);
-  barrier.arrived = barrier.arrived_cluster = ClockRef();
+  barrier.completed = barrier.arrived.take(barrier.completed);
+  barrier.completed_cluster = barrier.arrived_cluster.take(barrier.completed_cluster);
   barrier.pending = barrier.count;
   ++barrier.phase;
   progress();
@@ -52,8 +51,10 @@ void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, cons
   delivery.block = to.block;
   delivery.offset = to.offset;
   delivery.mbarrier = barrier.offset;
-  note_agent(barrier.agent, delivery.issued, to.block, to.offset, int(delivery.bytes), true);
-  ++machine.now;
+  note_agent(barrier.agent, to.block, to.offset, int(delivery.bytes), true);
+  delivery.seen = self()->seen;
+  delivery.issuer = self()->id;
+  delivery.issued = machine.now++;
   machine.deliveries.push_back(std::move(delivery));
   progress();
   if (chance(4)) yield_ready();
@@ -117,10 +118,12 @@ void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival)
          (unsigned long long)barrier.phase);
   barrier.bytes += expected_bytes;
   if (barrier.bytes > kMaxBytes) fail("%s: more than 2^20 - 1 bytes expected in one phase", call);
-  ClockRef published = release();
-  if (reads && !own) published = reads_only(published, me->id, machine.now++);
-  if (own) barrier.arrived = join(barrier.arrived, published);
-  barrier.arrived_cluster = join(barrier.arrived_cluster, published);
+  const Stamp stamp = machine.now++;
+  if (own) barrier.arrived.add(me->seen, me->id, stamp);
+  if (reads && !own)
+    barrier.arrived_cluster.add_reads(me->seen, me->id, stamp);
+  else
+    barrier.arrived_cluster.add(me->seen, me->id, stamp);
   --barrier.pending;
   complete_if_done(barrier);
   progress();
@@ -148,7 +151,6 @@ void st_async(uint32_t address, const void* value, int bytes, uint32_t mbarrier)
   const Target to = resolve(address, bytes, bytes, "st_async");
   Delivery delivery = {};
   delivery.bytes = uint32_t(bytes);
-  delivery.issued = release();
   const auto* data = static_cast<const unsigned char*>(value);
   delivery.data.assign(data, data + bytes);
   start_delivery(to, std::move(delivery), mbarrier, "st_async");
@@ -162,8 +164,7 @@ void bulk_to_remote(uint32_t address, uint32_t from, uint32_t bytes, uint32_t mb
   check_proxy(source.block, source.offset, bytes, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
-  delivery.issued = release();
-  note_agent(find(mbarrier, call).agent, delivery.issued, source.block, source.offset, int(bytes), false);
+  note_agent(find(mbarrier, call).agent, source.block, source.offset, int(bytes), false);
   const auto* data = reinterpret_cast<const unsigned char*>(source.data());
   if (chance(2))
     delivery.data.assign(data, data + bytes);
@@ -180,7 +181,6 @@ void bulk_to_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t
   const Target to = resolve(address, int(bytes), 16, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
-  delivery.issued = release();
   const auto* data = static_cast<const unsigned char*>(from);
   if (chance(2))
     delivery.data.assign(data, data + bytes);
@@ -202,7 +202,8 @@ void deliver_one() {
   }
   const unsigned char* data =
       delivery.data.empty() ? static_cast<const unsigned char*>(delivery.source) : delivery.data.data();
-  const Access access = {barrier->agent, machine.now, delivery.issued.get(), true, random_below(2)};
+  const Access access = {barrier->agent,  machine.now,     delivery.seen.get(), true,
+                         random_below(2), delivery.issuer, delivery.issued};
   if (const Record* race = note(block->shadow.data(), delivery.offset, int(delivery.bytes), access)) {
     machine.error = format(
         "race: an asynchronous copy writes bytes %u to %u of the shared memory of block (%u,%u,%u) "
@@ -212,10 +213,9 @@ void deliver_one() {
     return;
   }
   memcpy(block->shared + delivery.offset, data, delivery.bytes);
-  const ClockRef landed = with_thread(ClockRef(), barrier->agent, machine.now);
+  barrier->arrived.add(barrier->agent, machine.now);
+  barrier->arrived_cluster.add(barrier->agent, machine.now);
   block->remote[barrier->agent] = machine.now++;
-  barrier->arrived = join(barrier->arrived, landed);
-  barrier->arrived_cluster = join(barrier->arrived_cluster, landed);
   barrier->bytes -= delivery.bytes;
   complete_if_done(*barrier);
   progress();

@@ -73,15 +73,28 @@ ClockRef join(const ClockRef& a, const ClockRef& b);
 // `clock` and all that thread `id` did up to `stamp`.
 ClockRef with_thread(const ClockRef& clock, ThreadId id, Stamp stamp);
 
-// A clock of thread `id`'s arrival at `stamp`, and of the reads in `reads`.
-ClockRef reads_only(const ClockRef& reads, ThreadId id, Stamp stamp);
-
 // The same as with_thread for every thread of a warp (its number: id / kWarpSize) or block.
 ClockRef with_warp(const ClockRef& clock, uint32_t warp, Stamp stamp);
 ClockRef with_blocks(const ClockRef& clock, const std::vector<uint32_t>& blocks, Stamp stamp);
 
 // `clock`, and that these blocks have started.
 ClockRef with_started(const ClockRef& clock, const std::vector<uint32_t>& blocks);
+
+// What the arrivals at a barrier publish, put together when it is over.
+class Publication {
+ public:
+  // All that thread `id`, whose clock is `seen`, did up to `stamp`; or only its reads, and the arrival itself.
+  void add(const ClockRef& seen, ThreadId id, Stamp stamp);
+  void add_reads(const ClockRef& seen, ThreadId id, Stamp stamp);
+  // What `id` did, without what it knew.
+  void add(ThreadId id, Stamp stamp);
+  // `before` and the publication, which is then empty.
+  ClockRef take(const ClockRef& before);
+
+ private:
+  ClockRef seen_, read_seen_;
+  std::vector<Clock::Entry> threads_, read_threads_;
+};
 
 }  // namespace emulator
 }  // namespace fusedseq

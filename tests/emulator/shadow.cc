@@ -8,7 +8,8 @@ namespace emulator {
 namespace {
 
 bool concerns(const Record& record, Stamp bytes, const Access& access) {
-  return (record.bytes & bytes) && record.id != access.id;
+  return (record.bytes & bytes) && record.id != access.id &&
+         !(record.id == access.issuer && record.stamp <= access.issued);
 }
 
 // A record that the new one makes superfluous, or the one to forget.
