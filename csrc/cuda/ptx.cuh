@@ -169,17 +169,22 @@ FSQ_PTX void mbarrier_arrive_expect_tx(uint32_t shared, uint32_t bytes) {
 FSQ_PTX void mbarrier_arrive_remote(uint32_t remote) {
   FSQ_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
 }
-// The same, but publishes only that what this thread read before may be overwritten. Cheap, where
-// mbarrier_arrive_remote waits until the whole GPU sees this thread's writes (a MEMBAR.ALL.GPU in SASS). sm_90
-FSQ_PTX void mbarrier_arrive_remote_reads(uint32_t remote) {
-  FSQ_SM90(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
-}
 FSQ_PTX void mbarrier_arrive_expect_tx_remote(uint32_t remote, uint32_t bytes) {
   FSQ_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(remote),
                         "r"(bytes) : "memory"));
 }
+// The same two, but they publish only reads: that what this thread (or, by a barrier before, its block) has read may be
+// overwritten. Asynchronous data needs no more, for its mbarrier counts it where it lands. Cheap: the two above wait
+// until the whole GPU sees this thread's writes (a MEMBAR.ALL.GPU in SASS), these are one instruction. sm_90
+FSQ_PTX void mbarrier_arrive_remote_reads(uint32_t remote) {
+  FSQ_SM90(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
+}
+FSQ_PTX void mbarrier_arrive_expect_tx_remote_reads(uint32_t remote, uint32_t bytes) {
+  FSQ_SM90(
+      asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(remote), "r"(bytes) : "memory"));
+}
 // Whether the phase of this parity (0 for the first) is over; may sleep a little. Sees what arrivals of this CTA and
-// asynchronous copies published.
+// asynchronous copies published, and what remote arrivals said of reads.
 FSQ_PTX bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
   uint32_t done = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -195,7 +200,7 @@ FSQ_PTX bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
 #endif
   return done != 0;
 }
-// The same, and sees what remote arrivals published. sm_90
+// The same, and sees what remote arrivals published (at the price of a CCTL.IVALL in SASS). sm_90
 FSQ_PTX bool mbarrier_try_wait_cluster(uint32_t shared, uint32_t parity) {
   uint32_t done = 0;
   FSQ_SM90(

@@ -61,6 +61,9 @@ inline void mbarrier_arrive_remote_reads(uint32_t remote) {
 inline void mbarrier_arrive_expect_tx_remote(uint32_t remote, uint32_t bytes) {
   emulator::mbarrier_arrive(remote, bytes, emulator::Arrival::remote);
 }
+inline void mbarrier_arrive_expect_tx_remote_reads(uint32_t remote, uint32_t bytes) {
+  emulator::mbarrier_arrive(remote, bytes, emulator::Arrival::remote_reads);
+}
 inline bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
   return emulator::mbarrier_try_wait(shared, parity, false);
 }

@@ -86,9 +86,11 @@ struct Mbarrier {
   uint64_t phase = 0;
   ThreadId initialiser;
   Stamp initialised;
-  ThreadId agent;                         // of the asynchronous copies that it counts
-  Publication arrived, arrived_cluster;   // published by arrivals of this CTA, and by all, in this phase
-  ClockRef completed, completed_cluster;  // in the phases that are over
+  ThreadId agent;  // of the asynchronous copies that it counts
+  // Published in this phase, to waits of block scope by arrivals of this block and by reads of all, and to waits of
+  // cluster scope by all; and in the phases that are over.
+  Publication arrived, arrived_cluster;
+  ClockRef completed, completed_cluster;
 };
 
 struct Block {

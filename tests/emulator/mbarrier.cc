@@ -17,7 +17,7 @@ Mbarrier* lookup(Block* block, uint32_t offset) {
   return nullptr;
 }
 
-Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr, bool reads = false) {
+Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr) {
   const Target target = resolve(address, kMbarrierBytes, kMbarrierBytes, call);
   Mbarrier* barrier = lookup(target.block, target.offset);
   if (!barrier) fail("%s: no mbarrier has been initialised at byte %u of the shared memory", call, target.offset);
@@ -25,7 +25,6 @@ Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr, bool
   if (barrier->initialiser != me->id && !covers(me->seen.get(), barrier->initialiser, barrier->initialised))
     fail("%s: no barrier orders it after the mbarrier's initialisation by %s", call,
          describe(barrier->initialiser).c_str());
-  if (target.block != me->block) target.block->remote[reads ? me->id | kArrival : me->id] = machine.now;
   if (owner) *owner = target.block;
   return *barrier;
 }
@@ -47,7 +46,6 @@ void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, cons
   Block* owner = nullptr;
   Mbarrier& barrier = find(mbarrier, call, &owner);
   if (owner != to.block) fail("%s: the mbarrier must lie in the block that receives the data", call);
-  if (to.block != self()->block) to.block->remote[self()->id] = machine.now;
   delivery.block = to.block;
   delivery.offset = to.offset;
   delivery.mbarrier = barrier.offset;
@@ -108,7 +106,7 @@ void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival)
   const char* call = expected_bytes ? "mbarrier_arrive_expect_tx" : "mbarrier_arrive";
   const bool reads = arrival == Arrival::remote_reads;
   Block* owner = nullptr;
-  Mbarrier& barrier = find(address, call, &owner, reads);
+  Mbarrier& barrier = find(address, call, &owner);
   const Thread* me = self();
   const bool own = owner == me->block;
   if (!own && arrival == Arrival::own)
@@ -119,11 +117,13 @@ void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival)
   barrier.bytes += expected_bytes;
   if (barrier.bytes > kMaxBytes) fail("%s: more than 2^20 - 1 bytes expected in one phase", call);
   const Stamp stamp = machine.now++;
-  if (own) barrier.arrived.add(me->seen, me->id, stamp);
-  if (reads && !own)
-    barrier.arrived_cluster.add_reads(me->seen, me->id, stamp);
-  else
-    barrier.arrived_cluster.add(me->seen, me->id, stamp);
+  if (!own) owner->remote[reads ? me->id | kArrival : me->id] = stamp;
+  for (Publication* published : {&barrier.arrived, &barrier.arrived_cluster}) {
+    if (reads && !own)
+      published->add_reads(me->seen, me->id, stamp);
+    else if (own || published == &barrier.arrived_cluster)
+      published->add(me->seen, me->id, stamp);
+  }
   --barrier.pending;
   complete_if_done(barrier);
   progress();

@@ -68,14 +68,9 @@ __global__ void relay(float* data, int steps) {
     const uint32_t parity = uint32_t(step / 2 % 2);
     if (i == 0 && Bug != 2) ptx::mbarrier_arrive_expect_tx(full.address(slot), uint32_t(bytes));
     if (Bug == 3 && i < 2) ptx::mbarrier_arrive(full.address(slot));
-    if (step >= 2 && Bug != 4) {
-      if (Bug == 8)
-        while (!ptx::mbarrier_try_wait(free_slot.address(slot), parity ^ 1)) {
-        }
-      else
-        while (!ptx::mbarrier_try_wait_cluster(free_slot.address(slot), parity ^ 1)) {
-        }
-    }
+    if (step >= 2 && Bug != 4)
+      while (!ptx::mbarrier_try_wait(free_slot.address(slot), parity ^ 1)) {
+      }
     const uint32_t there = ptx::mapa(inbox.address(slot * n), next);
     const uint32_t theirs = Bug == 9 ? full.address(slot) : ptx::mapa(full.address(slot), next);
     if (Bulk) {
@@ -88,7 +83,7 @@ __global__ void relay(float* data, int steps) {
       ptx::st_async(there + uint32_t(i) * 4, value, theirs);
     }
     if (Bug != 1)
-      while (!ptx::mbarrier_try_wait(full.address(slot), parity)) {
+      while (!ptx::mbarrier_try_wait(full.address(slot), Bug == 8 ? parity ^ 1 : parity)) {
       }
     value = inbox[slot * n + i];
     ptx::mbarrier_arrive_remote_reads(ptx::mapa(free_slot.address(slot), previous));
@@ -110,14 +105,19 @@ __global__ void hand_over(const float* in, float* out) {
   ptx::cluster_arrive();
   ptx::cluster_wait();
   if (ptx::cluster_rank() == 0) {
-    ptx::st_remote(ptx::mapa(inbox.address(i), 1), in[i]);
-    const uint32_t theirs = ptx::mapa(full.address(0), 1);
-    if (Bug == 1)
+    const uint32_t there = ptx::mapa(inbox.address(i), 1), theirs = ptx::mapa(full.address(0), 1);
+    if (Bug == 3)
+      ptx::st_async(there, in[i], theirs);
+    else
+      ptx::st_remote(there, in[i]);
+    if (Bug == 3)
+      ptx::mbarrier_arrive_expect_tx_remote_reads(theirs, 4);
+    else if (Bug == 1)
       ptx::mbarrier_arrive_remote_reads(theirs);
     else
       ptx::mbarrier_arrive_remote(theirs);
   } else {
-    if (Bug == 2)
+    if (Bug == 2 || Bug == 3)
       while (!ptx::mbarrier_try_wait(full.address(0), 0)) {
       }
     else
@@ -190,7 +190,7 @@ FSQ_CASE relay_case(int bug, int bulk, float* data, int n, int cluster, int grid
 }
 
 FSQ_CASE hand_over_case(int bug, const float* in, float* out, int n) {
-  void (*const kernels[])(const float*, float*) = {hand_over<0>, hand_over<1>, hand_over<2>};
+  void (*const kernels[])(const float*, float*) = {hand_over<0>, hand_over<1>, hand_over<2>, hand_over<3>};
   return keep(run(kernels[bug], in_cluster("hand_over", n, 2, 2, n * 4 + 16), in, out));
 }
 
