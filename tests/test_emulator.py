@@ -267,6 +267,7 @@ def test_bulk_fetch(cases, seed):
     assert cases.bulk_fetch(0, x, y, 256) == ""
     assert np.array_equal(y, 2 * x)
     assert "120 bytes; must be a positive multiple of 16" in cases.bulk_fetch(1, x, y, 256)
+    assert "without fence_proxy_async" in cases.bulk_fetch(2, x, y, 256)
 
 
 # Grids.

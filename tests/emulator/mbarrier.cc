@@ -62,14 +62,14 @@ void check_bulk(uint32_t bytes, const char* call) {
   if (bytes % 16 || bytes == 0) fail("%s: %u bytes; must be a positive multiple of 16", call, bytes);
 }
 
-// Ordinary stores that the asynchronous proxy does not see, for want of a fence.
+// Ordinary stores that a bulk copy, which reads or overwrites their bytes, may not see: for want of a fence.
 void check_proxy(Block* block, uint32_t offset, uint32_t bytes, const char* call) {
   for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
     const Record& write = block->shadow[i].write;
     if (!write.bytes || write.id & kAgent || write.id / kThreadsPerBlock != block->linear) continue;
     const Thread& writer = block->threads[write.id % kThreadsPerBlock];
     if (write.stamp >= writer.proxy_fence)
-      fail("%s reads byte %u of shared memory, which %s wrote without fence_proxy_async after it", call, 2 * i,
+      fail("%s at byte %u of shared memory, which %s wrote without fence_proxy_async after it", call, 2 * i,
            describe(write.id).c_str());
   }
 }
@@ -162,6 +162,7 @@ void bulk_to_remote(uint32_t address, uint32_t from, uint32_t bytes, uint32_t mb
   const Target to = resolve(address, int(bytes), 16, call), source = resolve(from, int(bytes), 16, call);
   if (source.block != self()->block) fail("%s: the source lies in another block", call);
   check_proxy(source.block, source.offset, bytes, call);
+  check_proxy(to.block, to.offset, bytes, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
   note_agent(find(mbarrier, call).agent, source.block, source.offset, int(bytes), false);
@@ -179,6 +180,7 @@ void bulk_to_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t
   if (reinterpret_cast<uintptr_t>(from) % 16)
     fail("%s misaligned: the source must lie at a multiple of 16 bytes", call);
   const Target to = resolve(address, int(bytes), 16, call);
+  check_proxy(to.block, to.offset, bytes, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
   const auto* data = static_cast<const unsigned char*>(from);

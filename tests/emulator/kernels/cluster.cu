@@ -147,7 +147,8 @@ __global__ void remote_sizes(float4* wide, float2* middle, __nv_bfloat16* narrow
   ptx::cluster_wait();
 }
 
-// out = 2 in, fetched by bulk copies of 16 values a warp. Bug 1: a byte count that is no multiple of 16.
+// out = 2 in, fetched by one bulk copy a warp. Bugs: 1 a byte count that is no multiple of 16, 2 no proxy fence after
+// the buffer has been cleared.
 template <int Bug>
 __global__ void bulk_fetch(const float* in, float* out) {
   SharedArena arena = dynamic_shared();
@@ -155,6 +156,8 @@ __global__ void bulk_fetch(const float* in, float* out) {
   const SharedSpan<float> values = arena.take<float>(n);
   const SharedSpan<uint64_t> full = arena.take<uint64_t>(1);
   if (i == 0) ptx::mbarrier_init(full.address(0), 1);
+  values.store(i, 0.0f);
+  if (Bug != 2) ptx::fence_proxy_async();
   __syncthreads();
   if (i == 0) ptx::mbarrier_arrive_expect_tx(full.address(0), uint32_t(n) * 4);
   if (i % 32 == 0) ptx::cp_async_bulk_to_shared(values.address(i), in + i, Bug == 1 ? 120 : 128, full.address(0));
@@ -200,5 +203,6 @@ FSQ_CASE remote_sizes_case(float4* wide, float2* middle, __nv_bfloat16* narrow, 
 
 FSQ_CASE bulk_fetch_case(int bug, const float* in, float* out, int n) {
   Launch launch = in_cluster("bulk_fetch", n, 1, 1, n * 4 + 16);
-  return keep(run(bug ? bulk_fetch<1> : bulk_fetch<0>, launch, in, out));
+  void (*const kernels[])(const float*, float*) = {bulk_fetch<0>, bulk_fetch<1>, bulk_fetch<2>};
+  return keep(run(kernels[bug], launch, in, out));
 }
