@@ -95,6 +95,10 @@ def test_barrier_that_counts(cases, seed):
     assert np.array_equal(y, np.full(64, (x > 0).sum() + 1000 * (x > 2).any() + 2000))
 
 
+def test_endless_loop_over_shared_memory(cases):
+    assert "livelock" in cases.spin(nothing(32))
+
+
 # Warps.
 
 
@@ -316,9 +320,15 @@ def test_atomics(cases, seed):
     n, grid = 64, 6
     x = values(grid, n)
     total, counts = np.zeros(1, np.float32), np.zeros(2, np.int32)
-    assert cases.accumulate(x, total, counts, n, grid) == ""
+    assert cases.accumulate(0, x, total, counts, n, grid) == ""
     assert np.allclose(total, x.sum(), atol=1e-4)
     assert counts.tolist() == [n * grid - 1, n * grid]
+
+
+@pytest.mark.parametrize("bug", [1, 2])
+def test_atomics_beside_ordinary_accesses(cases, seed, bug):
+    total, counts = np.zeros(1, np.float32), np.zeros(2, np.int32)
+    assert "race: " in cases.accumulate(bug, values(2, 64), total, counts, 64, 2)
 
 
 # All together.

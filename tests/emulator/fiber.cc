@@ -2,7 +2,7 @@
 
 #include <stdint.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
 
 // void fsq_switch_fiber(void** save, void* load): the System V ABI asks a function to preserve these six registers
 // and the stack pointer. Nobody changes the floating-point control words, so they stay as they are.

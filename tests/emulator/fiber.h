@@ -3,7 +3,7 @@
 
 #include <stddef.h>
 
-#if !defined(__x86_64__)
+#if !(defined(__x86_64__) && defined(__ELF__))
 #include <ucontext.h>
 #endif
 
@@ -12,7 +12,7 @@ namespace emulator {
 
 // A suspended flow of control.
 struct Fiber {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__ELF__)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;

@@ -18,7 +18,7 @@ ThreadView* current = nullptr;
 namespace {
 
 constexpr size_t kStack = 64 * 1024, kGuard = 4096;
-constexpr int64_t kMaxIdlePreempts = 2000000;
+constexpr int64_t kMaxIdlePreempts = 200000;
 constexpr int kMaxTimeJumps = 12;
 constexpr uint32_t kPoison = 0x7fff7fffu;  // NaN as float32, float64, bfloat16 and float16; a large integer
 
@@ -333,7 +333,7 @@ void progress() {
 void yield_ready() {
   machine.ready.push_back(self());
   if (++machine.idle_preempts > kMaxIdlePreempts)
-    fail("livelock: threads access memory without end, and none reaches a barrier");
+    fail("livelock: the threads access shared memory on and on, and none reaches a barrier");
   run_others();
 }
 

@@ -84,7 +84,7 @@ void mbarrier_init(uint32_t address, uint32_t count) {
   if (lookup(target.block, target.offset))
     fail("mbarrier_init: an mbarrier lives there already; mbarrier_inval ends it");
   note_shared(*me, target.block, target.offset, kMbarrierBytes, true);
-  mark(target.block, target.offset, {kMbarrier, 0, 3});
+  mark(target.block, target.offset, {kMbarrier, 0, false, 3});
   Mbarrier barrier = {};
   barrier.offset = target.offset;
   barrier.count = barrier.pending = count;
@@ -97,7 +97,7 @@ void mbarrier_init(uint32_t address, uint32_t count) {
 void mbarrier_inval(uint32_t address) {
   Block* owner = nullptr;
   Mbarrier& barrier = find(address, "mbarrier_inval", &owner);
-  mark(owner, barrier.offset, {self()->id, machine.now, 3});
+  mark(owner, barrier.offset, {self()->id, machine.now, false, 3});
   barrier = owner->mbarriers.back();
   owner->mbarriers.pop_back();
 }
@@ -204,8 +204,9 @@ void deliver_one() {
   }
   const unsigned char* data =
       delivery.data.empty() ? static_cast<const unsigned char*>(delivery.source) : delivery.data.data();
-  const Access access = {barrier->agent,  machine.now,     delivery.seen.get(), true,
-                         random_below(2), delivery.issuer, delivery.issued};
+  Access access = {barrier->agent, machine.now, delivery.seen.get(), true, random_below(2)};
+  access.issuer = delivery.issuer;
+  access.issued = delivery.issued;
   if (const Record* race = note(block->shadow.data(), delivery.offset, int(delivery.bytes), access)) {
     machine.error = format(
         "race: an asynchronous copy writes bytes %u to %u of the shared memory of block (%u,%u,%u) "

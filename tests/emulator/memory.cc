@@ -94,7 +94,9 @@ void note_shared(const Thread& thread, Block* block, uint32_t offset, int bytes,
 
 void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write) {
   const Thread* me = self();
-  const Access access = {agent, machine.now, me->seen.get(), write, random_below(2), me->id, machine.now};
+  Access access = {agent, machine.now, me->seen.get(), write, random_below(2)};
+  access.issuer = me->id;
+  access.issued = machine.now;
   if (const Record* race = note(block->shadow.data(), offset, bytes, access))
     fail_race(*race, place(block, offset, bytes), "an asynchronous copy", write);
 }
@@ -116,7 +118,14 @@ void* shared_write(void* data, int size, int i, int element, int bytes) {
 }
 
 void* shared_atomic(void* data, int size, int i, int element) {
-  return self()->block->shared + check(data, size, i, element, element, "shared atomic");
+  const uint32_t offset = check(data, size, i, element, element, "shared atomic");
+  maybe_preempt();
+  const Thread* me = self();
+  Access access = {me->id, machine.now, me->seen.get(), true, random_below(2)};
+  access.atomic = true;
+  if (const Record* race = note(me->block->shadow.data(), offset, element, access))
+    fail_race(*race, place(me->block, offset, element), "this thread", true);
+  return me->block->shared + offset;
 }
 
 uint32_t shared_window_address(const void* data, int size, int i, int element) {

@@ -12,7 +12,7 @@
 namespace fusedseq {
 namespace emulator {
 
-using Stamp = uint32_t;     // 30 bits are used
+using Stamp = uint32_t;     // 29 bits are used
 using ThreadId = uint32_t;  // kThreadsPerBlock * block + thread, or kAgent + n for an asynchronous copy
 
 constexpr uint32_t kThreadsPerBlock = 1024, kWarpSize = 32;

@@ -23,8 +23,9 @@ Record& replaced(Granule& granule, const Access& access) {
 
 const Record* note_granule(Granule& granule, Stamp bytes, const Access& access) {
   const Record& write = granule.write;
-  if (concerns(write, bytes, access) && !covers(access.seen, write.id, write.stamp)) return &write;
-  const Record record = {access.id, access.stamp, bytes};
+  if (concerns(write, bytes, access) && !(write.atomic && access.atomic) && !covers(access.seen, write.id, write.stamp))
+    return &write;
+  const Record record = {access.id, access.stamp, access.atomic, bytes};
   if (!access.write) {
     replaced(granule, access) = record;
     return nullptr;

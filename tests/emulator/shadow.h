@@ -17,7 +17,8 @@ constexpr ThreadId kMbarrier = 0xfffffffeu;  // "wrote" the bytes of a live mbar
 
 struct Record {
   ThreadId id;
-  Stamp stamp : 30;
+  Stamp stamp : 29;
+  Stamp atomic : 1;
   Stamp bytes : 2;  // which of the two; none: no record
 };
 
@@ -32,7 +33,8 @@ struct Access {
   Stamp stamp;
   const Clock* seen;
   bool write;
-  uint32_t chance;  // random, decides which reader is forgotten
+  uint32_t chance;      // random, decides which reader is forgotten
+  bool atomic = false;  // a write that does not race with its like
   ThreadId issuer = kNobody;
   Stamp issued = 0;
 };

@@ -70,6 +70,17 @@ __global__ void produce(const float* in, float* out, int rounds) {
   }
 }
 
+// Spins on shared memory that nobody writes.
+__global__ void spin(float* out) {
+  SharedArena arena = dynamic_shared();
+  const SharedSpan<int> flag = arena.take<int>(1);
+  if (threadIdx.x == 0) flag.store(0, 0);
+  __syncthreads();
+  while (flag[0] == 0) {
+  }
+  out[threadIdx.x] = 1;
+}
+
 __global__ void count(const float* in, float* out) {
   const int positive = __syncthreads_count(in[threadIdx.x] > 0);
   const int any = __syncthreads_or(in[threadIdx.x] > 2), all = __syncthreads_and(in[threadIdx.x] > -100);
@@ -97,6 +108,12 @@ FSQ_CASE produce_case(int bug, const float* in, float* out, int n, int rounds) {
   Launch launch("produce", "n=" + std::to_string(n), 1, unsigned(n));
   launch.shared = n * 2;
   return keep(run(kernels[bug], launch, in, out, rounds));
+}
+
+FSQ_CASE spin_case(float* out) {
+  Launch launch("spin", "", 1, 32);
+  launch.shared = 16;
+  return keep(run(spin, launch, out));
 }
 
 FSQ_CASE count_case(const float* in, float* out, int n) {

@@ -48,15 +48,16 @@ __global__ void impatient(const uint32_t* flag, float* out) {
   if (late) out[threadIdx.x] = 1;
 }
 
-// sums[0] += every value, by atomics.
+// sums[0] += every value, by atomics. Bugs: 1 no barrier after the block's sum is cleared, 2 none before it is read.
+template <int Bug>
 __global__ void accumulate(const float* in, float* sums, int* counts) {
   SharedArena arena = dynamic_shared();
   const SharedSpan<float> partial = arena.take<float>(1);
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (threadIdx.x == 0) partial.store(0, 0.0f);
-  __syncthreads();
+  if (Bug != 1) __syncthreads();
   atomicAdd(partial.pointer(0), in[i]);
-  __syncthreads();
+  if (Bug != 2) __syncthreads();
   if (threadIdx.x == 0) atomicAdd(sums, partial[0]);
   atomicMax(counts, i);
   atomicAdd(counts + 1, 1);
@@ -77,8 +78,9 @@ FSQ_CASE impatient_case(const uint32_t* flag, float* out) {
   return keep(run(impatient, Launch("impatient", "", 1, 32), flag, out));
 }
 
-FSQ_CASE accumulate_case(const float* in, float* sums, int* counts, int n, int grid) {
+FSQ_CASE accumulate_case(int bug, const float* in, float* sums, int* counts, int n, int grid) {
   Launch launch("accumulate", "", unsigned(grid), unsigned(n));
   launch.shared = 16;
-  return keep(run(accumulate, launch, in, sums, counts));
+  void (*const kernels[])(const float*, float*, int*) = {accumulate<0>, accumulate<1>, accumulate<2>};
+  return keep(run(kernels[bug], launch, in, sums, counts));
 }
