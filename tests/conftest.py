@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import Cases
 from hypothesis import settings
 
 # Before anything imports triton. Where there is a GPU its kernels are compiled and run there, else interpreted.
@@ -48,3 +49,9 @@ def _poison() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ran() -> Ran:
     return set()
+
+
+@pytest.fixture(scope="session")
+def cases() -> Cases:
+    """The emulator's own test kernels."""
+    return Cases()

@@ -1,0 +1,126 @@
+// Launches and device properties, the only door from host code to the CUDA runtime. Errors come back as text, empty
+// where all is well: "lstm_block_forward (T=6 B=16 H=64): invalid argument". Nothing synchronises.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+namespace fusedseq {
+
+struct Device {
+  int index;
+  int capability;  // 80, 90
+  int sm_count;
+  int shared_per_block;  // bytes of dynamic shared memory that a block may ask for
+  int shared_per_sm;
+  int max_cluster;  // CTAs of the largest cluster, non-portable sizes included; 1 before sm_90
+};
+
+struct Launch {
+  const char* name;  // of the kernel, for errors
+  std::string shape;
+  dim3 grid, block;
+  int shared = 0;   // bytes of dynamic shared memory
+  int cluster = 1;  // CTAs, along x
+  bool cooperative = false;
+  cudaStream_t stream = nullptr;
+
+  Launch(const char* name, std::string shape, dim3 grid, dim3 block)
+      : name(name), shape(std::move(shape)), grid(grid), block(block) {}
+  std::string error(const std::string& what) const { return std::string(name) + " (" + shape + "): " + what; }
+};
+
+}  // namespace fusedseq
+
+#ifdef FSQ_EMULATE
+#include "emulated_launch.h"
+#else
+
+namespace fusedseq {
+
+// The properties of the current device.
+inline std::string query(Device& device) {
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(&value, attribute, device.index);
+  };
+  int major = 0, minor = 0;
+  cudaError_t e = cudaGetDevice(&device.index);
+  if (!e) e = get(major, cudaDevAttrComputeCapabilityMajor);
+  if (!e) e = get(minor, cudaDevAttrComputeCapabilityMinor);
+  if (!e) e = get(device.sm_count, cudaDevAttrMultiProcessorCount);
+  if (!e) e = get(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (!e) e = get(device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  device.capability = 10 * major + minor;
+  device.max_cluster = device.capability >= 90 ? 16 : 1;
+  return e ? std::string("cannot query the CUDA device: ") + cudaGetErrorString(e) : std::string();
+}
+
+namespace detail {
+
+// Attributes that a kernel needs before its first launch with that much shared memory or so large a cluster.
+inline cudaError_t prepare(const void* kernel, const Launch& launch) {
+  cudaError_t e = cudaSuccess;
+  if (launch.shared > 48 * 1024)
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared);
+  if (!e && launch.cluster > 8) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return e;
+}
+
+inline cudaLaunchConfig_t configure(const Launch& launch, cudaLaunchAttribute (&attributes)[2]) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = launch.grid;
+  config.blockDim = launch.block;
+  config.dynamicSmemBytes = size_t(launch.shared);
+  config.stream = launch.stream;
+  config.attrs = attributes;
+  if (launch.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(launch.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (launch.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
+  return config;
+}
+
+}  // namespace detail
+
+// Blocks of the kernel that one SM holds at a time.
+template <class... P>
+std::string blocks_per_sm(int& blocks, void (*kernel)(P...), const Launch& launch) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t e = detail::prepare(function, launch);
+  const int threads = int(launch.block.x * launch.block.y * launch.block.z);
+  if (!e) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, size_t(launch.shared));
+  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+}
+
+// Clusters of the launch's size that the device holds at a time; 0 where it holds none.
+template <class... P>
+std::string active_clusters(int& clusters, void (*kernel)(P...), const Launch& launch) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t e = detail::prepare(function, launch);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = detail::configure(launch, attributes);
+  if (!e) e = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+}
+
+template <class... P, class... A>
+std::string run(void (*kernel)(P...), const Launch& launch, A... arguments) {
+  cudaError_t e = detail::prepare(reinterpret_cast<const void*>(kernel), launch);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = detail::configure(launch, attributes);
+  if (!e) e = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  const cudaError_t last = cudaGetLastError();  // clears what the launch left
+  if (!e) e = last;
+  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+}
+
+}  // namespace fusedseq
+#endif  // FSQ_EMULATE
