@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # In priority order: the registry tries them from left to right.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 # From plain to richest, as `fusedseq._cpu.isas()` names them.
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
@@ -29,6 +29,7 @@ class Settings:
     strict: bool = False
     isa: str | None = None
     scratch_mb: int = 256
+    interpret: bool = False
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -66,6 +67,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         strict=_flag(environ, "FUSEDSEQ_STRICT"),
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
+        # Triton's own variable, and its own reading of it.
+        interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )
 
 

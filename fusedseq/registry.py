@@ -205,6 +205,12 @@ def _refusal(module: ModuleType, call: Call) -> str | None:
     return f"not usable: {reason}" if reason is not None else module.supports(call)
 
 
+def _elsewhere(module: ModuleType, call: Call) -> str | None:
+    """Unless it is named, a backend is offered only tensors on its own device, where `device` names one."""
+    home = getattr(module, "device", None)
+    return None if home in (None, call.device) else f"it is for tensors on {home}, these are on {call.device}"
+
+
 def _decide(name: str, call: Call) -> Choice:
     if name:
         module = _named(name)
@@ -213,13 +219,18 @@ def _decide(name: str, call: Call) -> Choice:
             raise BackendError(f"backend {name!r} was asked for by name but refuses {describe(call)}: {reason}")
         return Choice(call, name, module, {})
     passed_over: dict[str, str] = {}
+    expected: dict[str, str] = {}
     for name, module in backends().items():
-        reason = _refusal(module, call)
+        elsewhere = _elsewhere(module, call)
+        reason = elsewhere or _refusal(module, call)
         if reason is None:
-            if passed_over:
-                _report_fallback(name, call, passed_over)
+            # To pass over what is for another device is no fallback, unless nothing is for this one.
+            if passed_over and (expected or getattr(module, "device", None) is None):
+                _report_fallback(name, call, expected or passed_over)
             return Choice(call, name, module, passed_over)
         passed_over[name] = reason
+        if elsewhere is None:
+            expected[name] = reason
     raise BackendError(f"no backend takes {describe(call)}: {_join(passed_over)}")
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels of the GPU backend; they import nothing from the layers above."""
+"""Triton kernels, which import nothing from the layers above. The modules in here need Triton, the package does not."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports triton. Where there is a GPU its kernels are compiled and run there, else interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A change lands or not by the same draws each time; `--hypothesis-profile default` looks further.
 settings.register_profile("fixed", derandomize=True, database=None)

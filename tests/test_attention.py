@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedseq
-from fusedseq import Mask, attention, attention_probs, registry, scaled_dot_product_attention, use_backend
+from fusedseq import Mask, attention, attention_probs, scaled_dot_product_attention, use_backend
 from fusedseq.ops import ArgumentTypeError, ArgumentValueError
 from fusedseq.ops.attention import run
 from fusedseq.reference import attention as specification
+from fusedseq.testing import cpu_backends
 from fusedseq.testing.attention_cases import COMPACT, FULL, AttentionCase, make_attention
 from fusedseq.testing.attention_compare import compare_with, evaluate_attention, judge_attention
 
-USABLE = [name for name, module in registry.backends().items() if module.missing() is None]
+USABLE = cpu_backends()
 CASES = [AttentionCase(text) for text in (COMPACT + FULL).split()]
 INF = float("inf")
 

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from fusedseq import Mask, attention, registry, scaled_dot_product_attention, use_backend
 from fusedseq.ops.attention import run
 from fusedseq.reference import attention as specification
+from fusedseq.testing import cpu_backends
 from fusedseq.testing.attention_cases import AttentionCase, AttentionInputs, make_attention
 
-USABLE = [name for name, module in registry.backends().items() if module.missing() is None]
+USABLE = cpu_backends()
 SMALL = (
     "B2H4K2L3S5E4V3-causal-bias-lse",
     "B2H2L4S4E4-lengths-sinks-alibi-softcap-blhe-lse",

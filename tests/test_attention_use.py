@@ -15,9 +15,10 @@ from attention_formula import INF, Call, formula, judge, outcome
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusedseq import Mask, attention, registry, scaled_dot_product_attention, use_backend
+from fusedseq import Mask, attention, scaled_dot_product_attention, use_backend
+from fusedseq.testing import cpu_backends
 
-USABLE = [name for name, module in registry.backends().items() if module.missing() is None]
+USABLE = cpu_backends()
 torch_sdpa = F.scaled_dot_product_attention
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fusedseq import ops, registry, use_backend
 from fusedseq.ops import derivative
 from fusedseq.reference import scan as specification
+from fusedseq.testing import cpu_backends
 from fusedseq.testing.cases import CELLS, Case, Inputs, make_inputs
 
 SMALL = (
@@ -23,7 +24,7 @@ SMALL = (
     "T3B3I2H3-packed-resets-bi-cells",
     "T2B2I3H4-nobias-nostate-proj3",
 )
-USABLE = [name for name, module in registry.backends().items() if module.missing() is None]
+USABLE = cpu_backends()
 
 
 @pytest.fixture(params=USABLE, autouse=True)

@@ -8,12 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fusedseq
-from fusedseq import registry
 from fusedseq.ops import scan
-from fusedseq.testing import Case, check, evaluate, make_inputs
+from fusedseq.testing import Case, check, cpu_backends, evaluate, make_inputs
 from fusedseq.testing.cases import CELLS, VIEWS
 
-BACKENDS = tuple(registry.backends())
+BACKENDS = cpu_backends()
 # Examples differ in cost by more than a deadline should; the fixtures set global state only and may be shared.
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -43,18 +42,11 @@ def any_case(draw: st.DrawFn, cells: tuple[str, ...] = CELLS, max_h: int = 70) -
     )
 
 
-def skip_if_missing(backend: str) -> None:
-    reason = registry.backends()[backend].missing()
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["f32", "f64", "bf16"])
 @relaxed
 @given(case=any_case(), seed=st.integers(0, 1000))
 def test_parity_of_any_case(backend: str, dtype: torch.dtype, case: Case, seed: int) -> None:
-    skip_if_missing(backend)
     with fusedseq.use_backend(backend):
         check(scan, case, dtype, seed=seed)
 
@@ -64,7 +56,6 @@ def test_parity_of_any_case(backend: str, dtype: torch.dtype, case: Case, seed: 
 @given(case=any_case(max_h=20), cut=st.integers(0, 9))
 def test_a_scan_can_be_continued(backend: str, case: Case, cut: int) -> None:
     """Two scans, the second from the states of the first, are one: what a streaming user relies on."""
-    skip_if_missing(backend)
     case = Case(
         case.cell, case.T, case.B, case.I, case.H, case.proj, bias=case.bias, state=case.state, cells=case.cells
     )
@@ -88,7 +79,6 @@ def test_a_scan_can_be_continued(backend: str, case: Case, cut: int) -> None:
 @given(case=any_case(max_h=20), order=st.randoms(use_true_random=False))
 def test_rows_may_be_reordered(backend: str, case: Case, order: object) -> None:
     """Permuting the batch permutes the results; the gradients of the weights stay what they are."""
-    skip_if_missing(backend)
     layout = "dense" if case.layout == "packed" else case.layout
     case = Case(
         case.cell, case.T, case.B, case.I, case.H, case.proj, case.bidirectional, bias=case.bias, layout=layout,

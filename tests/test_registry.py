@@ -94,6 +94,25 @@ def test_priority_and_fallback_warns_once(rows: Rows) -> None:
         assert registry.choose(CALL._replace(T=6)).name == "slow"
 
 
+def test_a_backend_for_another_device_is_no_fallback(rows: Rows, strict: None) -> None:
+    registry._modules["fast"].device = "cuda"
+    registry._modules["slow"].device = "cpu"
+    choice = registry._decide("", CALL)
+    assert choice.backend == "slow"
+    assert choice.passed_over == {"fast": "it is for tensors on cuda, these are on cpu"}
+    with use_backend("fast"):
+        assert registry.choose(CALL).name == "fast"
+    rows.refuses["slow"] = "too wide"
+    with pytest.raises(BackendError, match=r"no backend takes .*'fast': it is for tensors on cuda.*'slow': too wide"):
+        registry.choose(CALL._replace(H=9))
+
+
+def test_a_backend_for_any_device_is_one(rows: Rows, strict: None) -> None:
+    registry._modules["fast"].device = "cuda"
+    with pytest.raises(BackendError, match="would fall back to 'slow' because 'fast': it is for tensors on cuda"):
+        registry.choose(CALL)
+
+
 def test_nobody_takes_the_call(rows: Rows) -> None:
     rows.refuses = {"fast": "too long", "slow": "too wide"}
     with pytest.raises(
@@ -259,7 +278,7 @@ def test_environment(environ: dict[str, str], expected: config.Settings) -> None
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("FUSEDSEQ_BACKEND", "warp", "cpu, reference or auto"),
+        ("FUSEDSEQ_BACKEND", "warp", "cpu, .*reference or auto"),
         ("FUSEDSEQ_STRICT", "perhaps", "1 or 0"),
         ("FUSEDSEQ_ISA", "sse9", "baseline, avx2"),
         ("FUSEDSEQ_SCRATCH_MB", "-1", "whole number"),

@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from fusedseq import bias_activation_dropout, registry, residual_dropout_layer_norm, use_backend
 from fusedseq.ops import bias_activation, layer_norm
+from fusedseq.testing import cpu_backends
 from fusedseq.testing.row_cases import RowCase, RowInputs, evaluate_rows, make_rows
 
-USABLE = [name for name, module in registry.backends().items() if module.missing() is None]
+USABLE = cpu_backends()
 RUN: Any = {"layer_norm": layer_norm.run, "bias_activation": bias_activation.run}
 DIFFERENTIABLE = {"layer_norm": 4, "bias_activation": 3}
 SMALL = (

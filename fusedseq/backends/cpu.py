@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_backward", "attention_forward", "bias_activation_backward", "bias_activation_forward", "cell_backward",
-    "cell_forward", "layer_norm_backward", "layer_norm_forward", "missing", "name", "scan_backward", "scan_forward",
-    "step", "supports",
+    "cell_forward", "device", "layer_norm_backward", "layer_norm_forward", "missing", "name", "scan_backward",
+    "scan_forward", "step", "supports",
 ]  # fmt: skip
 
 name = "cpu"
+device = "cpu"
 
 _core: Any
 try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fusedseq import registry
+
 from .cases import DTYPES, Case, Inputs, cases, make_inputs
 from .compare import Baseline, baseline, check, evaluate, judge, naive_scan, torch_has, torch_scan
 
@@ -13,6 +15,7 @@ __all__ = [
     "baseline",
     "cases",
     "check",
+    "cpu_backends",
     "evaluate",
     "judge",
     "make_inputs",
@@ -20,3 +23,15 @@ __all__ = [
     "torch_has",
     "torch_scan",
 ]
+
+
+def cpu_backends() -> list[str]:
+    """The usable backends at home on a CPU, float64 included: what tests of derivatives and transforms go through.
+
+    How an operator is known to torch does not depend on the backend, and an interpreted one would take minutes.
+    """
+    return [
+        name
+        for name, module in registry.backends().items()
+        if getattr(module, "device", None) in (None, "cpu") and module.missing() is None
+    ]
