@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # In priority order: the registry tries them from left to right.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 # From plain to richest, as `fusedseq._cpu.isas()` names them.
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 

@@ -55,6 +55,15 @@ auto for_cell(Cell cell, F f) {
 int64_t step_workspace(const CudaScanParams& p, bool backward);
 std::string step_forward(const CudaScanParams& p);
 std::string step_backward(const CudaScanGradParams& p);
+// Shared memory of a CTA under this plan.
+int block_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+std::string block_forward(const CudaScanParams& p, const CudaPlan& plan);
+std::string block_backward(const CudaScanGradParams& p, const CudaPlan& plan);
+// Whether the device can hold one of its clusters at all.
+bool cluster_possible(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan);
+std::string cluster_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

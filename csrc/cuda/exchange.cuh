@@ -1,0 +1,95 @@
+// How a value that one rank computes in a step reaches the ranks that multiply it in the next.
+//
+// A channel has two buffers (Slices). The n-th publication goes from this rank's slice of buffer (n + 1) % 2 to the
+// same slice of that buffer everywhere. Two buffers are enough: whoever publishes n + 1 has seen publication n of all,
+// and none publishes n before it has read all of n - 1.
+#pragma once
+#include "cuda/product.cuh"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+constexpr uint64_t kPatience = 2000000000;  // nanoseconds that a rank waits for the others
+
+// One CTA has all units: its own barrier is all there is.
+template <class E>
+struct BlockChannel {
+  Slices<E> slices;
+
+  template <class Arena>
+  FSQ_BOTH static BlockChannel carve(Arena& arena, int ranks, int rows, int width) {
+    BlockChannel c;
+    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    return c;
+  }
+  FSQ_DEVICE static int rank(const CudaPlan&) { return 0; }
+  // Between what every thread does to prepare the block's memory and the first step.
+  FSQ_DEVICE void begin(int) { __syncthreads(); }
+  FSQ_DEVICE void publish(int, int) { __syncthreads(); }
+  // False if the others did not answer.
+  FSQ_DEVICE bool wait(int) { return true; }
+  FSQ_DEVICE void end() {}
+};
+
+// A cluster: the slice goes by one bulk copy to each peer's shared memory, whose mbarrier counts the bytes. sm_90
+template <class E>
+struct ClusterChannel {
+  Slices<E> slices;
+  SharedSpan<uint64_t> full;  // [2]
+
+  template <class Arena>
+  FSQ_BOTH static ClusterChannel carve(Arena& arena, int ranks, int rows, int width) {
+    ClusterChannel c;
+    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    c.full = arena.template take<uint64_t>(2);
+    return c;
+  }
+  FSQ_DEVICE static int rank(const CudaPlan&) { return int(ptx::cluster_rank()); }
+  FSQ_DEVICE uint32_t bytes() const { return uint32_t(slices.slice() * int(sizeof(E))); }
+  FSQ_DEVICE void arm(int n) {
+    ptx::mbarrier_arrive_expect_tx(full.address((n + 1) % 2), uint32_t(slices.ranks - 1) * bytes());
+  }
+  FSQ_DEVICE void begin(int) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(full.address(0), 1);
+      ptx::mbarrier_init(full.address(1), 1);
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      arm(0);
+      arm(1);
+    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+  FSQ_DEVICE void publish(int rank, int n) {
+    ptx::fence_proxy_async();  // each thread for what it wrote
+    __syncthreads();
+    const int peer = int(threadIdx.x), which = (n + 1) % 2;
+    if (peer < slices.ranks && peer != rank) {
+      const uint32_t mine = slices.data.address(slices.at(which, rank));
+      ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes(),
+                                   ptx::mapa(full.address(which), uint32_t(peer)));
+    }
+  }
+  FSQ_DEVICE bool wait(int n) {
+    const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
+    uint64_t since = 0;
+    while (!ptx::mbarrier_try_wait(barrier, parity)) {
+      const uint64_t now = ptx::globaltimer();
+      if (!since) since = now;
+      if (now - since > kPatience) return false;
+    }
+    if (threadIdx.x == 0) arm(n + 2);
+    return true;
+  }
+  // No CTA may leave while a peer still writes to it.
+  FSQ_DEVICE void end() {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+};
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq
