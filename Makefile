@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cc')
+CXX_FILES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
 # A core that does not compile must stop `make`, not fall back to the reference backend.
 export FUSEDSEQ_REQUIRE_CORE := 1
