@@ -11,6 +11,9 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 # From plain to richest, as `fusedseq._cpu.isas()` names them.
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
+# How the cuda backend may run a scan, as `fusedseq._cuda.tiers` names them; docs/gpu-scans.md.
+CUDA_TIERS = ("step", "block", "cluster", "grid")
+
 # How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.
 _RELATED = (
     "FUSEDSEQ_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TORCH", "TRITON_",
@@ -30,6 +33,7 @@ class Settings:
     isa: str | None = None
     scratch_mb: int = 256
     interpret: bool = False
+    cuda_tier: str | None = None
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -67,6 +71,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         strict=_flag(environ, "FUSEDSEQ_STRICT"),
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
+        cuda_tier=_one_of(environ, "FUSEDSEQ_CUDA_TIER", CUDA_TIERS),
         # Triton's own variable, and its own reading of it.
         interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )

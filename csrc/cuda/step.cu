@@ -274,11 +274,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// gates: how many sums a thread forms, 0 for a kernel without a product.
 template <class E>
 Launch launch_of(const char* name, const CudaScanParams& p, int64_t units, int gates) {
   const unsigned tiles = unsigned((units + kTile - 1) / kTile), rows = unsigned((p.B + kTile - 1) / kTile);
   Launch launch(name, describe(p), dim3(tiles, rows, unsigned(p.D)), dim3(kThreads));
-  launch.shared = shared_bytes<E>(gates);
+  launch.shared = gates ? shared_bytes<E>(gates) : 0;
   launch.stream = static_cast<cudaStream_t>(p.stream);
   return launch;
 }

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedseq import config
 from fusedseq.backends import tensors
 from fusedseq.backends.reference import Save, reserve_like
 
@@ -122,7 +123,7 @@ def _biases(cell: str, p: _Parameters, S: torch.dtype, H: int) -> tuple[Tensor |
     if cell != "gru":
         return inner + outer, None
     inner = inner.view(-1, 3, H).clone()
-    candidate = inner[:, 2].contiguous()
+    candidate = inner[:, 2].clone()
     inner[:, 2] = 0
     return outer + inner.flatten(), candidate
 
@@ -138,18 +139,17 @@ def _on(x: Tensor) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    core: Any, device: int | None, cell: int, dtype: int, sizes: tuple[int, ...], projected: bool, backward: bool
-) -> Any:
-    return core.plan(cell, dtype, sizes, projected, backward, -1)
+def _plan(core: Any, device: int | None, tier: int, *arguments: Any) -> Any:
+    return core.plan(*arguments, tier)
 
 
 def plan(core: Any, x: Tensor, cell: str, sizes: tuple[int, ...], projected: bool, backward: bool) -> Any:
     """How the device runs a scan of `sizes` T, B, H, R, D. The emulator's device may change, a GPU does not."""
+    tier = -1 if config.settings.cuda_tier is None else core.tiers.index(config.settings.cuda_tier)
     arguments = (tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes, projected, backward)
     if not x.is_cuda:
-        return core.plan(*arguments, -1)
-    return _plan(core, x.device.index, *arguments)
+        return core.plan(*arguments, tier)
+    return _plan(core, x.device.index, tier, *arguments)
 
 
 def _workspace(x: Tensor, size: int) -> tuple[Tensor, int]:
@@ -195,7 +195,7 @@ def scan_forward(
     sizes = (T, B, H, R, D)
     core = _core()
     with _on(x) as stream:
-        gates = _product(x.reshape(-1, x.shape[-1]), _joined(p.w_ih).t(), S)
+        gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False)
         memory, workspace = _workspace(x, chosen.workspace)
