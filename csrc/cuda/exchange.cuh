@@ -31,7 +31,9 @@ struct BlockChannel {
   FSQ_DEVICE void end() {}
 };
 
-// A cluster: the slice goes by one bulk copy to each peer's shared memory, whose mbarrier counts the bytes. sm_90
+// A cluster: the slice goes by one bulk copy to each peer's shared memory. The sender arrives at the peer's mbarrier as
+// well, announcing the bytes, since the arrival publishes what the sender's CTA has done before (that it has read the
+// buffer which the peer will write next), and the completion of a copy does not. sm_90
 template <class E>
 struct ClusterChannel {
   Slices<E> slices;
@@ -45,21 +47,12 @@ struct ClusterChannel {
     return c;
   }
   FSQ_DEVICE static int rank(const CudaPlan&) { return int(ptx::cluster_rank()); }
-  FSQ_DEVICE uint32_t bytes() const { return uint32_t(slices.slice() * int(sizeof(E))); }
-  FSQ_DEVICE void arm(int n) {
-    ptx::mbarrier_arrive_expect_tx(full.address((n + 1) % 2), uint32_t(slices.ranks - 1) * bytes());
-  }
   FSQ_DEVICE void begin(int) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(full.address(0), 1);
-      ptx::mbarrier_init(full.address(1), 1);
+      for (int which : {0, 1}) ptx::mbarrier_init(full.address(which), uint32_t(slices.ranks - 1));
       ptx::fence_mbarrier_init();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      arm(0);
-      arm(1);
-    }
+    ptx::fence_proxy_async();  // the buffers have been cleared
     ptx::cluster_arrive();
     ptx::cluster_wait();
   }
@@ -69,19 +62,20 @@ struct ClusterChannel {
     const int peer = int(threadIdx.x), which = (n + 1) % 2;
     if (peer < slices.ranks && peer != rank) {
       const uint32_t mine = slices.data.address(slices.at(which, rank));
-      ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes(),
-                                   ptx::mapa(full.address(which), uint32_t(peer)));
+      const uint32_t barrier = ptx::mapa(full.address(which), uint32_t(peer));
+      const uint32_t bytes = uint32_t(slices.slice() * int(sizeof(E)));
+      ptx::mbarrier_arrive_expect_tx_remote(barrier, bytes);
+      ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes, barrier);
     }
   }
   FSQ_DEVICE bool wait(int n) {
     const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
     uint64_t since = 0;
-    while (!ptx::mbarrier_try_wait(barrier, parity)) {
+    while (!ptx::mbarrier_try_wait_cluster(barrier, parity)) {
       const uint64_t now = ptx::globaltimer();
       if (!since) since = now;
       if (now - since > kPatience) return false;
     }
-    if (threadIdx.x == 0) arm(n + 2);
     return true;
   }
   // No CTA may leave while a peer still writes to it.
