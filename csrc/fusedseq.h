@@ -238,6 +238,7 @@ struct CudaPlan {
   int warps;
   int shared;         // bytes of a CTA
   int64_t workspace;  // bytes
+  int stuck;          // a rank that tests make fall silent after its first step; -1: none
 };
 
 // Entry points of one ISA row of the CPU backend.

@@ -30,7 +30,7 @@ double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan
 // Why this tier does not take the scan, empty if it does; fills in the plan.
 std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan) {
   if (tier == CudaTier::step) {
-    plan = {tier, 1, 16, 16, 8, 0, step_workspace(p, backward)};
+    plan = {tier, 1, 16, 16, 8, 0, step_workspace(p, backward), -1};
     return "";
   }
   if (p.dtype == DType::f64) return "float64 has no kernel that keeps its weights";
@@ -43,7 +43,7 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
     const int units = int(up((p.H + most - 1) / most, 16)), ranks = int((p.H + units - 1) / units);
     if (ranks != most || warps_for(units) > kMostWarps) continue;
     for (int rows : {16, 8}) {
-      CudaPlan one{tier, ranks, rows, units, warps_for(units), 0, 0};
+      CudaPlan one{tier, ranks, rows, units, warps_for(units), 0, 0, -1};
       one.shared = cluster ? cluster_bytes(p, one, backward) : block_bytes(p, one, backward);
       if (one.shared > device.shared_per_block || (rows == 16 && p.B <= 8)) continue;
       const int element = p.dtype == DType::f32 ? 4 : 2;

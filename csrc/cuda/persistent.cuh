@@ -49,6 +49,14 @@ FSQ_DEVICE void clear(const Slices<E>& s) {
   for (int i = int(threadIdx.x); i < 2 * s.ranks * s.slice(); i += int(blockDim.x)) s.data.store(i, narrow<E>(0));
 }
 
+template <class Channel>
+FSQ_DEVICE void publish(Channel& channel, const CudaPlan& plan, int rank, int n) {
+  if (plan.stuck == rank && n > 0)
+    __syncthreads();
+  else
+    channel.publish(rank, n);
+}
+
 // A barrier that did not complete: the results are spoiled for everyone to see, and the caller is told.
 template <class E>
 FSQ_DEVICE void report_fault(const CudaScanParams& p, const Share& share, void* state) {
@@ -181,7 +189,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) persistent_forward(CudaScanPar
       }
       h.data.store(h.at(1 - now, share.rank) + at, next);
     }
-    if (i + 1 < steps) m.h.publish(share.rank, turn);
+    if (i + 1 < steps) publish(m.h, plan, share.rank, turn);
   }
   if (failed) {
     report_fault<E>(p, share, p.h_n);
@@ -327,7 +335,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) persistent_backward(CudaScanGr
         to.data.store(to.at(1 - now, share.rank) + e / width * to.pitch() + e % width, narrow<E>(dr));
       }
     }
-    m.fed.publish(share.rank, n_turn);
+    publish(m.fed, plan, share.rank, n_turn);
   }
   if (failed) {
     report_fault<E>(f, share, p.dh0);

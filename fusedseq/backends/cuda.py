@@ -70,9 +70,20 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < OLDEST:
-        return f"it needs compute capability {OLDEST / 10}, the GPU has {major}.{minor}"
+    built = _real.architectures.split()
+    if not any(_runs(arch, major, minor) for arch in built):
+        return (
+            f"it was built for compute capabilities {', '.join(built)} and the GPU has {major}{minor}; "
+            f"FUSEDSEQ_CUDA_ARCHS={major}{minor} at build time makes it fit (the oldest is {OLDEST})"
+        )
     return None
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Whether machine code for `arch` runs on a GPU of this capability: same major version, no older minor one."""
+    number = int(arch.rstrip("af"))
+    exact = not arch.isdecimal()
+    return number // 10 == major and (number % 10 == minor if exact else number % 10 <= minor)
 
 
 def supports(call: Call) -> str | None:

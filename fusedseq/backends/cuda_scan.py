@@ -152,6 +152,27 @@ def plan(core: Any, x: Tensor, cell: str, sizes: tuple[int, ...], projected: boo
     return _plan(core, x.device.index, tier, *arguments)
 
 
+class Fault(RuntimeError):
+    """A barrier between the parts of a kernel did not complete: its results are not to be used."""
+
+
+@functools.cache
+def _fault_word(device: str) -> Tensor:
+    """What a kernel sets when a barrier does not complete. On the host, so that reading it waits for nothing."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=device != "cpu")
+
+
+def check_fault(device: torch.device) -> None:
+    """Raise if a kernel on this device has given up; of kernels still running nothing is known."""
+    word = _fault_word(str(device))
+    if word.item():
+        word.zero_()
+        raise Fault(
+            f"a kernel of the cuda backend on {device} waited in vain for another part of itself; "
+            "what it returned is not to be used (FUSEDSEQ_CUDA_TIER=step runs without such waits)"
+        )
+
+
 def _workspace(x: Tensor, size: int) -> tuple[Tensor, int]:
     """Memory for one call and its address, aligned."""
     memory = torch.empty(size + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
@@ -194,6 +215,7 @@ def scan_forward(
     resets = None if resets is None else resets.contiguous()
     sizes = (T, B, H, R, D)
     core = _core()
+    check_fault(x.device)
     with _on(x) as stream:
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
@@ -209,6 +231,7 @@ def scan_forward(
                 "y": layout.given(y), "c_all": layout.given(c_all), "h_n": h_n.data_ptr(), "c_n": tensors.pointer(c_n),
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
                 "recompute": save == Save.STATES, "workspace": workspace, "stream": stream,
+                "fault": _fault_word(str(x.device)).data_ptr(),
             },
         )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
@@ -264,6 +287,7 @@ def scan_backward(
     width = reserve.shape[2]
     sizes, codes = (T, B, H, R, D), (tensors.CELLS[cell], tensors.DTYPES[x.dtype])
     core = _core()
+    check_fault(x.device)
     with _on(x) as stream:
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True)
         memory, workspace = _workspace(x, chosen.workspace)
@@ -271,7 +295,7 @@ def scan_backward(
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
             "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-            "workspace": workspace, "stream": stream,
+            "workspace": workspace, "stream": stream, "fault": _fault_word(str(x.device)).data_ptr(),
         }  # fmt: skip
         core.scan_backward(
             chosen, *codes, sizes,

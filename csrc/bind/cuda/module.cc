@@ -11,6 +11,9 @@
 #ifndef FSQ_CUDA_MODULE
 #define FSQ_CUDA_MODULE _cuda
 #endif
+#ifndef FSQ_CUDA_ARCHS
+#define FSQ_CUDA_ARCHS ""
+#endif
 
 namespace py = pybind11;
 using namespace fusedseq;
@@ -130,6 +133,7 @@ void previous(int cell, int dtype, const py::tuple& sizes, const py::dict& named
 
 PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
   m.doc() = "Fused sequence kernels for NVIDIA GPUs. fusedseq.backends.cuda is its caller.";
+  m.attr("architectures") = FSQ_CUDA_ARCHS;
   m.attr("tiers") = py::make_tuple("step", "block", "cluster", "grid");
   m.def("device", [] {
     CudaDevice d{};
@@ -143,7 +147,8 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("units", &CudaPlan::units)
       .def_readonly("warps", &CudaPlan::warps)
       .def_readonly("shared", &CudaPlan::shared)
-      .def_readonly("workspace", &CudaPlan::workspace);
+      .def_readonly("workspace", &CudaPlan::workspace)
+      .def_readwrite("stuck", &CudaPlan::stuck);
   m.def("plan", &plan);
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
