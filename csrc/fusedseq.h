@@ -191,25 +191,25 @@ struct CudaScanParams {
   Cell cell;
   DType dtype;  // of states, weights and outputs; half types compute in float32
   int64_t T, B, H, R, D;
-  const int64_t* offsets;             // [T] running sum of batch_sizes where rows are packed, or null
-  const int32_t* lengths;             // [B] steps of each row, or null: T each
-  Rows gates;                         // [T,B,D*G*H] compute type: W_ih x
-  const void* bias;                   // [D,G*H] compute type or null: b_ih + b_hh, of a GRU's candidate b_ih alone
-  const void* bias_n;                 // [D,H] compute type or null: b_hn of a GRU that resets after the product
-  const void* h0;                     // [D,B,R] or null: zeros
-  const void* c0;                     // [D,B,H] or null: zeros
-  const void* w_hh[kMaxDirections];   // [G*H, R]
-  const void* w_hr[kMaxDirections];   // [R, H] or null (then R == H)
-  Rows resets;                        // bool [T,B], data may be null
-  Rows y;                             // [T,B,D*R]; rows past a length are left untouched, here and below
-  Rows c_all;                         // [T,B,D*H], data may be null
-  void* h_n;                          // [D,B,R]
-  void* c_n;                          // [D,B,H], LSTM only
-  Rows reserve;                       // [T,B,S*H] of direction 0, compute type; data null: keep nothing
-  int64_t reserve_sd;                 // from there to direction 1, in elements
-  bool recompute;                     // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
-  void* workspace;                    // CudaPlan::workspace bytes, aligned to 256
-  uint32_t* fault;                    // set to 1 by a kernel whose barrier did not complete, whose results are NaN
+  const int64_t* offsets;            // [T] running sum of batch_sizes where rows are packed, or null
+  const int32_t* lengths;            // [B] steps of each row, or null: T each
+  Rows gates;                        // [T,B,D*G*H] compute type: W_ih x
+  const void* bias;                  // [D,G*H] compute type or null: b_ih + b_hh, of a GRU's candidate b_ih alone
+  const void* bias_n;                // [D,H] compute type or null: b_hn of a GRU that resets after the product
+  const void* h0;                    // [D,B,R] or null: zeros
+  const void* c0;                    // [D,B,H] or null: zeros
+  const void* w_hh[kMaxDirections];  // [G*H, R]
+  const void* w_hr[kMaxDirections];  // [R, H] or null (then R == H)
+  Rows resets;                       // bool [T,B], data may be null
+  Rows y;                            // [T,B,D*R]; rows past a length are left untouched, here and below
+  Rows c_all;                        // [T,B,D*H], data may be null
+  void* h_n;                         // [D,B,R]
+  void* c_n;                         // [D,B,H], LSTM only
+  Rows reserve;                      // [T,B,S*H] of direction 0, compute type; data null: keep nothing
+  int64_t reserve_sd;                // from there to direction 1, in elements
+  bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  void* workspace;                   // CudaPlan::workspace bytes, aligned to 256
+  uint32_t* fault;                   // set to 1 by a kernel whose barrier did not complete, whose results are NaN
   void* stream;
 };
 

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from emulated import Cases
+
+try:
+    from hypothesis import settings
+except ImportError:  # a bare machine with a GPU runs the parity tests alone (`make device`)
+    settings = None
 
 # Before anything imports triton. Where there is a GPU its kernels are compiled and run there, else interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A change lands or not by the same draws each time; `--hypothesis-profile default` looks further.
-settings.register_profile("fixed", derandomize=True, database=None)
-settings.load_profile("fixed")
+if settings is not None:
+    settings.register_profile("fixed", derandomize=True, database=None)
+    settings.load_profile("fixed")
 
 # (cell, backend, dtype) of every parity check that passed on the backend that it named.
 Ran = set[tuple[str, str, torch.dtype]]
@@ -48,3 +54,9 @@ def _poison() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ran() -> Ran:
     return set()
+
+
+@pytest.fixture(scope="session")
+def cases() -> Cases:
+    """The emulator's own test kernels."""
+    return Cases()

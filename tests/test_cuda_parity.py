@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import emulated
+import cuda_emulated
 import pytest
 import torch
 
@@ -35,7 +35,7 @@ T3B19I3H37-bi-lengths-resets-cells
 
 @pytest.fixture(autouse=True)
 def _emulator() -> Iterator[None]:
-    with cuda.emulated(emulated.module()), fusedseq.use_backend("cuda"):
+    with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"):
         yield
 
 
@@ -50,11 +50,11 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> Any:
 def planned(case: Case, dtype: torch.dtype, backward: bool = False) -> Any:
     x = torch.empty(0, dtype=dtype)
     sizes = (case.T, case.B, case.H, case.R, case.D)
-    return cuda_scan.plan(emulated.module(), x, case.cell, sizes, case.proj > 0, backward)
+    return cuda_scan.plan(cuda_emulated.module(), x, case.cell, sizes, case.proj > 0, backward)
 
 
 def run(case: Case, dtype: torch.dtype, seed: int, **device: int) -> None:
-    with emulated.device(seed, **device), registry.record() as choices:
+    with cuda_emulated.device(seed, **device), registry.record() as choices:
         check(scan, case, dtype)
     assert {choice.backend for choice in choices} == {"cuda"}
 
@@ -81,9 +81,9 @@ def test_step(case: Case, dtype: torch.dtype, tier: Any) -> None:
 @pytest.mark.parametrize(("case", "dtype"), COMPACT)
 def test_the_tier_that_a_large_device_chooses(case: Case, dtype: torch.dtype) -> None:
     fits = dtype != torch.float64 and not case.proj
-    with emulated.device():
+    with cuda_emulated.device():
         if case.T and case.B:
-            assert emulated.module().tiers[planned(case, dtype).tier] == ("block" if fits else "step")
+            assert cuda_emulated.module().tiers[planned(case, dtype).tier] == ("block" if fits else "step")
     if fits:  # if not, this is test_step's
         run(case, dtype, seed=2)
 
@@ -91,7 +91,7 @@ def test_the_tier_that_a_large_device_chooses(case: Case, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("case", "dtype"), rows(CLUSTERED, HALF_AND_SINGLE))
 def test_cluster(case: Case, dtype: torch.dtype, tier: Any) -> None:
     tier("cluster")
-    with emulated.device():
+    with cuda_emulated.device():
         assert planned(case, dtype).ranks > 1
     run(case, dtype, seed=3)
 
@@ -103,9 +103,9 @@ def test_any_order_of_threads_gives_the_same_bits(name: str, cell: str, seed: in
     tier(name)
     case = Case.parse(cell, "T4B9I3H40-bi-lengths0-resets")
     inputs = baseline(case, torch.bfloat16).inputs
-    with emulated.device(0):
+    with cuda_emulated.device(0):
         first = evaluate(scan, inputs)
-    with emulated.device(seed):
+    with cuda_emulated.device(seed):
         again = evaluate(scan, inputs)
     for key, t in first.items():
         assert torch.equal(t, again[key]), f"{key} depends on the order in which threads run"
@@ -117,7 +117,7 @@ def test_clusters_of_every_size(ranks: int, cell: str, tier: Any) -> None:
     tier("cluster")
     case = Case.parse(cell, f"T3B5I2H{16 * ranks - 3}-resets")
     # Sized so that fewer ranks would not hold the weights or, where all fit, the largest cluster is this.
-    with emulated.device(cluster=ranks, sms=16):
+    with cuda_emulated.device(cluster=ranks, sms=16):
         assert 2 <= planned(case, torch.bfloat16).ranks <= ranks
     run(case, torch.bfloat16, seed=ranks, cluster=ranks, sms=16)
 
@@ -130,7 +130,7 @@ def test_recompute_gives_the_same_gradients(cell: str) -> None:
     def again(*args: Any, **kwargs: Any) -> Any:
         return scan(*args, recompute=True, **kwargs)
 
-    with emulated.device():
+    with cuda_emulated.device():
         kept, formed = evaluate(scan, inputs), evaluate(again, inputs)
     for key, t in kept.items():
         assert torch.equal(t, formed[key]), key
@@ -141,7 +141,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
     tier(name)
     case = Case.parse("gru", "T4B17I3H33-bi")
     inputs = baseline(case, torch.bfloat16).inputs
-    with emulated.device(), torch.no_grad():
+    with cuda_emulated.device(), torch.no_grad():
         y = scan("gru", inputs.x, inputs.h0, None, inputs.weights, bidirectional=True)[0]
         for b in (0, 16):
             one = scan("gru", inputs.x[:, b : b + 1], inputs.h0[:, b : b + 1], None, inputs.weights, bidirectional=True)
@@ -149,9 +149,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_rank_that_falls_silent_is_an_error(
-    backward: bool, tier: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_falls_silent_is_an_error(backward: bool, tier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tier("cluster")
     case = Case.parse("lstm", "T4B3I3H40")
     honest = cuda_scan.plan
@@ -163,7 +161,7 @@ def test_a_rank_that_falls_silent_is_an_error(
         return chosen
 
     monkeypatch.setattr(cuda_scan, "plan", stuck)
-    with emulated.device(), pytest.raises(cuda_scan.Fault, match="waited in vain"):
+    with cuda_emulated.device(), pytest.raises(cuda_scan.Fault, match="waited in vain"):
         evaluate(scan, baseline(case, torch.float32).inputs)
         cuda_scan.check_fault(torch.device("cpu"))
     # The next call is served as if nothing had happened.
@@ -175,32 +173,33 @@ def test_a_named_tier_takes_the_call_or_says_why_not(tier: Any) -> None:
     case = Case.parse("lstm", "T2B2I2H400")
     x = baseline(Case.parse("lstm", "T2B2I2H4"), torch.float64).inputs
     tier("block")
-    with emulated.device():
+    with cuda_emulated.device():
         with pytest.raises(RuntimeError, match=r"tier block refuses lstm float64 .*H=4.*float64"):
             evaluate(scan, x)
-        with pytest.raises(RuntimeError, match="tier block refuses .*do not fit into shared memory"):
+        with pytest.raises(RuntimeError, match=r"tier block refuses .*do not fit into shared memory"):
             planned(case, torch.bfloat16)
     tier("cluster")
-    with emulated.device(capability=80, cluster=1), pytest.raises(RuntimeError, match="the device has no clusters"):
+    ampere = cuda_emulated.device(capability=80, cluster=1)
+    with ampere, pytest.raises(RuntimeError, match="the device has no clusters"):
         planned(case, torch.bfloat16)
 
 
 def test_the_device_decides_the_tier() -> None:
     case = Case.parse("lstm", "T2B16I2H128")
-    tiers = emulated.module().tiers
+    tiers = cuda_emulated.module().tiers
     for settings, expected in (
         ({}, "block"),
         ({"shared": 100 * 1024}, "cluster"),
         ({"shared": 100 * 1024, "cluster": 1, "capability": 80}, "step"),
     ):
-        with emulated.device(**settings):
+        with cuda_emulated.device(**settings):
             assert tiers[planned(case, torch.bfloat16).tier] == expected, settings
 
 
 def test_it_takes_cpu_tensors_only_while_emulated() -> None:
     x = torch.zeros(2, 3, 4)
     weights = [torch.zeros(12, 4), torch.zeros(12, 4)]
-    with emulated.device():
+    with cuda_emulated.device():
         scan("gru", x, None, None, weights)
     before = cuda._emulator
     cuda._emulator = None

@@ -1,4 +1,5 @@
-// Tier `cluster`: up to 16 CTAs share the weights of a direction; the state goes through distributed shared memory. sm_90
+// Tier `cluster`: up to 16 CTAs share the weights of a direction; the state goes through distributed shared memory.
+// sm_90
 #include "cuda/persistent.cuh"
 
 namespace fusedseq {

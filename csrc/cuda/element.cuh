@@ -96,9 +96,8 @@ struct Forward {
     const int64_t kept = row_at(p, p.reserve, s.t, s.b) + s.d * p.reserve_sd + s.u;
     S* const reserve = p.reserve.data ? static_cast<S*>(p.reserve.data) + kept : nullptr;
     if constexpr (C == Cell::lstm) {
-      const LstmStep<S> step =
-          lstm_fwd(gates[0] + before(sums[0]), gates[1] + before(sums[1]), gates[2] + before(sums[2]),
-                   gates[3] + before(sums[3]), before(state), act);
+      const LstmStep<S> step = lstm_fwd(gates[0] + before(sums[0]), gates[1] + before(sums[1]),
+                                        gates[2] + before(sums[2]), gates[3] + before(sums[3]), before(state), act);
       state = step.c;
       if (reserve && p.recompute) reserve[0] = step.c;
       if (reserve && !p.recompute) {

@@ -11,9 +11,16 @@ namespace FSQ_ISA {
 
 constexpr uint64_t kPatience = 2000000000;  // nanoseconds that a rank waits for the others
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 // One CTA has all units: its own barrier is all there is.
 template <class E>
 struct BlockChannel {
+  static constexpr bool kCompiled = true;
   Slices<E> slices;
 
   template <class Arena>
@@ -36,6 +43,7 @@ struct BlockChannel {
 // buffer which the peer will write next), and the completion of a copy does not. sm_90
 template <class E>
 struct ClusterChannel {
+  static constexpr bool kCompiled = kHasClusters;  // on older GPUs nobody calls its kernels
   Slices<E> slices;
   SharedSpan<uint64_t> full;  // [2]
 

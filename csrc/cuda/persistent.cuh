@@ -101,7 +101,7 @@ FSQ_DEVICE void load_rows(const CudaScanParams& p, const Share& share, const Pan
 }
 
 template <Cell C, class E, template <class> class Channel>
-__global__ void __launch_bounds__(32 * kMaxWarps) persistent_forward(CudaScanParams p, CudaPlan plan) {
+FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   typedef ForwardMemory<C, E, Channel> Memory;
   SharedArena arena = dynamic_shared();
   Memory m = Memory::carve(arena, plan);
@@ -244,7 +244,7 @@ FSQ_DEVICE void load_columns(const CudaScanParams& p, const Share& share, const 
 }
 
 template <Cell C, class E, template <class> class Channel>
-__global__ void __launch_bounds__(32 * kMaxWarps) persistent_backward(CudaScanGradParams p, CudaPlan plan) {
+FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan) {
   typedef BackwardMemory<C, E, Channel> Memory;
   const CudaScanParams& f = p.fwd;
   SharedArena arena = dynamic_shared();
@@ -349,6 +349,23 @@ __global__ void __launch_bounds__(32 * kMaxWarps) persistent_backward(CudaScanGr
     if (C == Cell::lstm) write<E>(p.dc0, at, m.dc[e]);
   }
   m.fed.end();
+}
+
+template <Cell C, class E, template <class> class Channel>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    persistent_forward(const __grid_constant__ CudaScanParams p, const __grid_constant__ CudaPlan plan) {
+  if constexpr (Channel<E>::kCompiled)
+    forward_scan<C, E, Channel>(p, plan);
+  else
+    __trap();
+}
+template <Cell C, class E, template <class> class Channel>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    persistent_backward(const __grid_constant__ CudaScanGradParams p, const __grid_constant__ CudaPlan plan) {
+  if constexpr (Channel<E>::kCompiled)
+    backward_scan<C, E, Channel>(p, plan);
+  else
+    __trap();
 }
 
 // Host side.

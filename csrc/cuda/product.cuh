@@ -138,11 +138,9 @@ FSQ_DEVICE void multiply(const Panel<E>& w, const Slices<E>& v, int which, int p
   }
   const int unit = tile * kUnitTile + lane / 4, row = lane % 4 * 2;
   FSQ_UNROLL
-  for (int g = 0; g < N; ++g)
-    FSQ_UNROLL
+  for (int g = 0; g < N; ++g) FSQ_UNROLL
   for (int n = 0; n < kMaxRows / kRowTile; ++n)
-    if (n * kRowTile < v.rows)
-      FSQ_UNROLL
+    if (n * kRowTile < v.rows) FSQ_UNROLL
   for (int i = 0; i < 4; ++i)
     sums.data.store(sums.at(part, g, n * kRowTile + row + i % 2, unit + i / 2 * 8), acc[g][n][i]);
 }

@@ -169,6 +169,11 @@ FSQ_PTX void mbarrier_arrive_expect_tx(uint32_t shared, uint32_t bytes) {
 FSQ_PTX void mbarrier_arrive_remote(uint32_t remote) {
   FSQ_SM90(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
 }
+// The same, but publishes only that what this thread read before may be overwritten. Cheap, where
+// mbarrier_arrive_remote waits until the whole GPU sees this thread's writes (a MEMBAR.ALL.GPU in SASS). sm_90
+FSQ_PTX void mbarrier_arrive_remote_reads(uint32_t remote) {
+  FSQ_SM90(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory"));
+}
 FSQ_PTX void mbarrier_arrive_expect_tx_remote(uint32_t remote, uint32_t bytes) {
   FSQ_SM90(asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(remote),
                         "r"(bytes) : "memory"));

@@ -84,8 +84,7 @@ constexpr int shared_bytes(int gates) {
 
 FSQ_DEVICE Spot spot(int64_t t) {
   const int tid = int(threadIdx.x);
-  return {int64_t(blockIdx.z), t, int64_t(blockIdx.y) * kTile + tid / kTile,
-          int64_t(blockIdx.x) * kTile + tid % kTile};
+  return {int64_t(blockIdx.z), t, int64_t(blockIdx.y) * kTile + tid / kTile, int64_t(blockIdx.x) * kTile + tid % kTile};
 }
 
 template <Cell C, class E>
@@ -150,8 +149,8 @@ __global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p
   typedef Compute<E> S;
   const Spot s = spot(time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.R;
-  const E* const w = C == Cell::lstm ? static_cast<const E*>(p.w_hr[s.d])
-                                     : static_cast<const E*>(p.w_hh[s.d]) + 2 * p.H * p.R;
+  const E* const w =
+      C == Cell::lstm ? static_cast<const E*>(p.w_hr[s.d]) : static_cast<const E*>(p.w_hh[s.d]) + 2 * p.H * p.R;
   S sums[1];
   multiply(m.inner + s.d * p.B * p.H, p.H, p.B, s.b - threadIdx.x / kTile, Factor<E>{w, 0, p.H, 1}, p.R,
            s.u - threadIdx.x % kTile, p.H, sums);
@@ -201,8 +200,7 @@ FSQ_DEVICE void run_backward(const CudaScanGradParams& p, const StepMemory<E>& m
     m.inner[at] = narrow<E>(fed[0]);
     fed[0] = S(0);
   }
-  for (int g = 0; g < kFed<C>; ++g)
-    m.fed[~turn & 1][((s.d * f.B + s.b) * kFed<C> + g) * f.H + s.u] = narrow<E>(fed[g]);
+  for (int g = 0; g < kFed<C>; ++g) m.fed[~turn & 1][((s.d * f.B + s.b) * kFed<C> + g) * f.H + s.u] = narrow<E>(fed[g]);
 }
 
 // Step i of the forward scan backwards, in turn `turn`; i = -1 only gathers the gradients of the first states.
@@ -253,8 +251,8 @@ __global__ void __launch_bounds__(kThreads)
   const Spot s = spot(time_of(blockIdx.z, i, f.T));
   const bool mine = s.b < f.B && s.u < f.H;
   const int64_t K = C == Cell::lstm ? f.R : f.H;
-  const E* const w = C == Cell::lstm ? static_cast<const E*>(f.w_hr[s.d])
-                                     : static_cast<const E*>(f.w_hh[s.d]) + 2 * f.H * f.R;
+  const E* const w =
+      C == Cell::lstm ? static_cast<const E*>(f.w_hr[s.d]) : static_cast<const E*>(f.w_hh[s.d]) + 2 * f.H * f.R;
   S sums[1];
   multiply(m.inner + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile, Factor<E>{w, 0, 1, f.H}, f.H,
            s.u - threadIdx.x % kTile, K, sums);

@@ -173,10 +173,13 @@ def check_fault(device: torch.device) -> None:
         )
 
 
-def _workspace(x: Tensor, size: int) -> tuple[Tensor, int]:
-    """Memory for one call and its address, aligned."""
-    memory = torch.empty(size + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
-    return memory, -(-memory.data_ptr() // _WORKSPACE_UNIT) * _WORKSPACE_UNIT
+def _workspace(x: Tensor, size: int) -> Tensor:
+    """Memory for one call. Given back when the call returns, it is reused only by later work on the same stream."""
+    return torch.empty(size + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
+
+
+def _aligned(memory: Tensor) -> int:
+    return -(-memory.data_ptr() // _WORKSPACE_UNIT) * _WORKSPACE_UNIT
 
 
 def scan_forward(
@@ -220,7 +223,7 @@ def scan_forward(
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False)
-        memory, workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen.workspace)
         width = 0 if reserve is None else reserve.shape[2]
         core.scan_forward(
             chosen, tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes,
@@ -230,7 +233,7 @@ def scan_forward(
                 "h0": tensors.pointer(h0), "c0": tensors.pointer(c0), "resets": layout.given(resets),
                 "y": layout.given(y), "c_all": layout.given(c_all), "h_n": h_n.data_ptr(), "c_n": tensors.pointer(c_n),
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-                "recompute": save == Save.STATES, "workspace": workspace, "stream": stream,
+                "recompute": save == Save.STATES, "workspace": _aligned(workspace), "stream": stream,
                 "fault": _fault_word(str(x.device)).data_ptr(),
             },
         )  # fmt: skip
@@ -258,7 +261,7 @@ def scan_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     D = 2 if bidirectional else 1
-    T, B, I, H, R, _ = tensors.sizes(cell, x, h0, weights, D, batch_first, batch_sizes)
+    T, B, _, H, R, _ = tensors.sizes(cell, x, h0, weights, D, batch_first, batch_sizes)
     p = _Parameters.of(weights, D)
     G = tensors.GATES[cell]
     if T == 0 or B == 0:
@@ -290,12 +293,12 @@ def scan_backward(
     check_fault(x.device)
     with _on(x) as stream:
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True)
-        memory, workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen.workspace)
         arguments = {
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
             "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-            "workspace": workspace, "stream": stream, "fault": _fault_word(str(x.device)).data_ptr(),
+            "workspace": _aligned(workspace), "stream": stream, "fault": _fault_word(str(x.device)).data_ptr(),
         }  # fmt: skip
         core.scan_backward(
             chosen, *codes, sizes,

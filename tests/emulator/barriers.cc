@@ -35,8 +35,7 @@ ClockRef with_threads(ClockRef clock, const std::vector<Thread*>& threads, Stamp
 }
 
 void complete(Block* block, Barrier& barrier) {
-  ClockRef clock = join_seen(barrier.waiting);
-  for (const ClockRef& published : barrier.published) clock = join(clock, published);
+  ClockRef clock = barrier.published.take(join_seen(barrier.waiting));
   if (int(barrier.waiting.size()) == machine.threads_per_block)
     clock = with_blocks(clock, {block->linear}, machine.now);
   else
@@ -49,7 +48,6 @@ void complete(Block* block, Barrier& barrier) {
   }
   barrier.waiting.clear();
   barrier.arrived.clear();
-  barrier.published.clear();
   barrier.votes = 0;
   barrier.aligned_block = false;
   barrier.expected = 0;
@@ -82,7 +80,7 @@ void arrive(int id, int threads, bool aligned_block, bool waits, bool vote) {
     if (std::find(barrier.arrived.begin(), barrier.arrived.end(), me->id) != barrier.arrived.end())
       fail("barrier_arrive %d: this thread has arrived already, and the barrier is not over", id);
     barrier.arrived.push_back(me->id);
-    barrier.published.push_back(release());
+    barrier.published.add(me->seen, me->id, machine.now++);
   }
   const bool last = int(barrier.waiting.size() + barrier.arrived.size()) == threads;
   if (waits) {
@@ -103,6 +101,7 @@ bool at_arrival(const Thread& thread) {
 void complete_cluster(Cluster* cluster) {
   const Stamp stamp = machine.now++;
   ClockRef clock;
+  Publication published;
   std::vector<uint32_t> whole, all;
   for (auto& block : cluster->blocks) {
     Thread* const threads = block->threads.get();
@@ -110,14 +109,18 @@ void complete_cluster(Cluster* cluster) {
     all.push_back(block->linear);
     const bool together = std::all_of(threads, end, at_arrival);
     if (together) whole.push_back(block->linear);
-    const Clock* last = nullptr;
     for (Thread* thread = threads; thread != end; ++thread) {
-      const ClockRef& published = together ? thread->seen : thread->cluster_published;
-      if (published.get() != last) clock = join(clock, published);
-      last = published.get();
+      if (together)
+        clock = join(clock, thread->seen);
+      else if (thread->cluster_publishes)
+        published.add(thread->cluster_seen, thread->id, thread->cluster_stamp);
+      else
+        clock = join(clock, thread->cluster_seen);
+      thread->cluster_publishes = false;
+      thread->cluster_seen = ClockRef();
     }
-    for (Thread* thread = threads; thread != end; ++thread) thread->cluster_published = ClockRef();
   }
+  clock = published.take(clock);
   cluster->joined = with_started(with_blocks(clock, whole, stamp), all);
   ++cluster->phase;
   cluster->missing = cluster->threads;
@@ -174,7 +177,8 @@ void cluster_arrive(bool publishes) {
   if (me->cluster_arrival) fail("cluster_arrive: this thread has arrived already and not waited");
   me->cluster_arrival = cluster->phase + 1;
   me->cluster_publishes = publishes;
-  me->cluster_published = publishes ? release() : me->fenced;
+  me->cluster_seen = publishes ? me->seen : me->fenced;
+  me->cluster_stamp = machine.now++;
   if (--cluster->missing == 0) complete_cluster(cluster);
 }
 

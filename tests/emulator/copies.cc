@@ -38,7 +38,8 @@ void cp_async(uint32_t address, const void* source, int bytes, int valid) {
   if (valid < 0 || valid > bytes) fail("cp_async: %d valid bytes of %d", valid, bytes);
   if (reinterpret_cast<uintptr_t>(source) % uintptr_t(bytes))
     fail("cp_async misaligned: the source %p must be a multiple of %d", source, bytes);
-  note_agent(agent_of(me), release(), to.block, to.offset, bytes, true);
+  note_agent(agent_of(me), to.block, to.offset, bytes, true);
+  ++machine.now;
   for (int i = 0; i < bytes; i += 4) memcpy(to.data() + i, &kPoison, 4);
   PendingCopy copy = {to.block, to.offset, source, bytes, valid, false, {}};
   if (chance(2)) take(copy);

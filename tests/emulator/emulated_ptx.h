@@ -50,13 +50,16 @@ inline void barrier_arrive(int id, int threads) { emulator::barrier(id, threads,
 inline void mbarrier_init(uint32_t shared, uint32_t arrivals) { emulator::mbarrier_init(shared, arrivals); }
 inline void mbarrier_inval(uint32_t shared) { emulator::mbarrier_inval(shared); }
 inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
-inline void mbarrier_arrive(uint32_t shared) { emulator::mbarrier_arrive(shared, 0, false); }
+inline void mbarrier_arrive(uint32_t shared) { emulator::mbarrier_arrive(shared, 0, emulator::Arrival::own); }
 inline void mbarrier_arrive_expect_tx(uint32_t shared, uint32_t bytes) {
-  emulator::mbarrier_arrive(shared, bytes, false);
+  emulator::mbarrier_arrive(shared, bytes, emulator::Arrival::own);
 }
-inline void mbarrier_arrive_remote(uint32_t remote) { emulator::mbarrier_arrive(remote, 0, true); }
+inline void mbarrier_arrive_remote(uint32_t remote) { emulator::mbarrier_arrive(remote, 0, emulator::Arrival::remote); }
+inline void mbarrier_arrive_remote_reads(uint32_t remote) {
+  emulator::mbarrier_arrive(remote, 0, emulator::Arrival::remote_reads);
+}
 inline void mbarrier_arrive_expect_tx_remote(uint32_t remote, uint32_t bytes) {
-  emulator::mbarrier_arrive(remote, bytes, true);
+  emulator::mbarrier_arrive(remote, bytes, emulator::Arrival::remote);
 }
 inline bool mbarrier_try_wait(uint32_t shared, uint32_t parity) {
   return emulator::mbarrier_try_wait(shared, parity, false);

@@ -59,7 +59,8 @@ void cp_async_wait(int pending);
 // mbarriers.
 void mbarrier_init(uint32_t address, uint32_t count);
 void mbarrier_inval(uint32_t address);
-void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, bool remote);
+enum class Arrival { own, remote, remote_reads };
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival);
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, bool cluster);
 void fence_mbarrier_init();
 

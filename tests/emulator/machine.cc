@@ -317,6 +317,7 @@ void fail(const char* text, ...) {
 
 std::string describe(ThreadId id) {
   if (id & kAgent) return "an asynchronous copy";
+  id &= ~kArrival;
   return "thread " + where(unravel(id % kThreadsPerBlock, machine.block_size)) + " of block " +
          where(unravel(id / kThreadsPerBlock, machine.grid));
 }

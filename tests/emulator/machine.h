@@ -52,9 +52,10 @@ struct Thread : ThreadView {
   Stamp proxy_fence = 0;       // time of the last fence.proxy.async
   std::vector<PendingCopy> open_copies;
   std::vector<std::vector<PendingCopy>> copy_groups;
-  uint64_t cluster_arrival = 0;  // phase + 1 in which it arrived and has not waited; 0: none
-  bool cluster_publishes = false;
-  ClockRef cluster_published;  // what it published there
+  uint64_t cluster_arrival = 0;    // phase + 1 in which it arrived and has not waited; 0: none
+  bool cluster_publishes = false;  // there, all that it did
+  ClockRef cluster_seen;           // what it knew there, or had fenced
+  Stamp cluster_stamp = 0;
 };
 
 // A warp collective that some lanes have reached.
@@ -73,8 +74,8 @@ struct Barrier {
   int expected = 0;            // threads; 0: nobody has arrived
   bool aligned_block = false;  // __syncthreads and its relatives
   std::vector<Thread*> waiting;
-  std::vector<ThreadId> arrived;    // without waiting,
-  std::vector<ClockRef> published;  // and what each of them published
+  std::vector<ThreadId> arrived;  // without waiting
+  Publication published;          // by them
   int votes = 0, vote_result = 0;
 };
 
@@ -86,7 +87,7 @@ struct Mbarrier {
   ThreadId initialiser;
   Stamp initialised;
   ThreadId agent;                         // of the asynchronous copies that it counts
-  ClockRef arrived, arrived_cluster;      // published by arrivals of this CTA, and by all, in this phase
+  Publication arrived, arrived_cluster;   // published by arrivals of this CTA, and by all, in this phase
   ClockRef completed, completed_cluster;  // in the phases that are over
 };
 
@@ -122,7 +123,9 @@ struct Delivery {
   std::vector<unsigned char> data;
   const void* source;  // read at delivery if `data` is empty
   uint32_t bytes;
-  ClockRef issued;  // what had happened when it was issued
+  ClockRef seen;  // what had happened when it was issued, besides what
+  ThreadId issuer;
+  Stamp issued;  // had done until then
 };
 
 // One launch. There is one machine, and one launch on it at a time.
@@ -196,10 +199,10 @@ struct Target {
   char* data() const { return block->shared + offset; }
 };
 Target resolve(uint32_t address, int bytes, int align, const char* call);
-// Notes an access to shared memory by `thread`, or by the asynchronous copy `agent` that knows `seen`, and fails if it
-// races with an earlier one.
+// Notes an access to shared memory by `thread`, or by the asynchronous copy `agent` that the running thread issues, and
+// fails if it races with an earlier one. After the latter the caller must advance the time.
 void note_shared(const Thread& thread, Block* block, uint32_t offset, int bytes, bool write);
-void note_agent(ThreadId agent, const ClockRef& seen, Block* block, uint32_t offset, int bytes, bool write);
+void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write);
 
 // In the running thread's exit.
 void leave_barriers(Thread* thread);

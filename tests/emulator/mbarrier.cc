@@ -17,7 +17,7 @@ Mbarrier* lookup(Block* block, uint32_t offset) {
   return nullptr;
 }
 
-Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr) {
+Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr, bool reads = false) {
   const Target target = resolve(address, kMbarrierBytes, kMbarrierBytes, call);
   Mbarrier* barrier = lookup(target.block, target.offset);
   if (!barrier) fail("%s: no mbarrier has been initialised at byte %u of the shared memory", call, target.offset);
@@ -25,7 +25,7 @@ Mbarrier& find(uint32_t address, const char* call, Block** owner = nullptr) {
   if (barrier->initialiser != me->id && !covers(me->seen.get(), barrier->initialiser, barrier->initialised))
     fail("%s: no barrier orders it after the mbarrier's initialisation by %s", call,
          describe(barrier->initialiser).c_str());
-  if (target.block != me->block) target.block->remote[me->id] = machine.now;
+  if (target.block != me->block) target.block->remote[reads ? me->id | kArrival : me->id] = machine.now;
   if (owner) *owner = target.block;
   return *barrier;
 }
@@ -36,9 +36,8 @@ void mark(Block* block, uint32_t offset, Record record) {
 
 void complete_if_done(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
-  barrier.completed = join(barrier.completed, barrier.arrived);
-  barrier.completed_cluster = join(barrier.completed_cluster, barrier.arrived_cluster);
-  barrier.arrived = barrier.arrived_cluster = ClockRef();
+  barrier.completed = barrier.arrived.take(barrier.completed);
+  barrier.completed_cluster = barrier.arrived_cluster.take(barrier.completed_cluster);
   barrier.pending = barrier.count;
   ++barrier.phase;
   progress();
@@ -52,8 +51,10 @@ void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, cons
   delivery.block = to.block;
   delivery.offset = to.offset;
   delivery.mbarrier = barrier.offset;
-  note_agent(barrier.agent, delivery.issued, to.block, to.offset, int(delivery.bytes), true);
-  ++machine.now;
+  note_agent(barrier.agent, to.block, to.offset, int(delivery.bytes), true);
+  delivery.seen = self()->seen;
+  delivery.issuer = self()->id;
+  delivery.issued = machine.now++;
   machine.deliveries.push_back(std::move(delivery));
   progress();
   if (chance(4)) yield_ready();
@@ -103,19 +104,26 @@ void mbarrier_inval(uint32_t address) {
   owner->mbarriers.pop_back();
 }
 
-void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, bool remote) {
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Arrival arrival) {
   const char* call = expected_bytes ? "mbarrier_arrive_expect_tx" : "mbarrier_arrive";
-  Mbarrier& barrier = find(address, call);
-  const bool own = lookup(self()->block, barrier.offset) == &barrier;
-  if (!own && !remote) fail("%s: the mbarrier lies in another block; %s_remote arrives there", call, call);
+  const bool reads = arrival == Arrival::remote_reads;
+  Block* owner = nullptr;
+  Mbarrier& barrier = find(address, call, &owner, reads);
+  const Thread* me = self();
+  const bool own = owner == me->block;
+  if (!own && arrival == Arrival::own)
+    fail("%s: the mbarrier lies in another block; %s_remote arrives there", call, call);
   if (barrier.pending == 0)
     fail("%s: over-arrival: all %u arrivals of phase %llu have come, only data is missing", call, barrier.count,
          (unsigned long long)barrier.phase);
   barrier.bytes += expected_bytes;
   if (barrier.bytes > kMaxBytes) fail("%s: more than 2^20 - 1 bytes expected in one phase", call);
-  const ClockRef published = release();
-  if (own) barrier.arrived = join(barrier.arrived, published);
-  barrier.arrived_cluster = join(barrier.arrived_cluster, published);
+  const Stamp stamp = machine.now++;
+  if (own) barrier.arrived.add(me->seen, me->id, stamp);
+  if (reads && !own)
+    barrier.arrived_cluster.add_reads(me->seen, me->id, stamp);
+  else
+    barrier.arrived_cluster.add(me->seen, me->id, stamp);
   --barrier.pending;
   complete_if_done(barrier);
   progress();
@@ -143,7 +151,6 @@ void st_async(uint32_t address, const void* value, int bytes, uint32_t mbarrier)
   const Target to = resolve(address, bytes, bytes, "st_async");
   Delivery delivery = {};
   delivery.bytes = uint32_t(bytes);
-  delivery.issued = release();
   const auto* data = static_cast<const unsigned char*>(value);
   delivery.data.assign(data, data + bytes);
   start_delivery(to, std::move(delivery), mbarrier, "st_async");
@@ -157,8 +164,7 @@ void bulk_to_remote(uint32_t address, uint32_t from, uint32_t bytes, uint32_t mb
   check_proxy(source.block, source.offset, bytes, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
-  delivery.issued = release();
-  note_agent(find(mbarrier, call).agent, delivery.issued, source.block, source.offset, int(bytes), false);
+  note_agent(find(mbarrier, call).agent, source.block, source.offset, int(bytes), false);
   const auto* data = reinterpret_cast<const unsigned char*>(source.data());
   if (chance(2))
     delivery.data.assign(data, data + bytes);
@@ -175,7 +181,6 @@ void bulk_to_shared(uint32_t address, const void* from, uint32_t bytes, uint32_t
   const Target to = resolve(address, int(bytes), 16, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
-  delivery.issued = release();
   const auto* data = static_cast<const unsigned char*>(from);
   if (chance(2))
     delivery.data.assign(data, data + bytes);
@@ -197,7 +202,8 @@ void deliver_one() {
   }
   const unsigned char* data =
       delivery.data.empty() ? static_cast<const unsigned char*>(delivery.source) : delivery.data.data();
-  const Access access = {barrier->agent, machine.now, delivery.issued.get(), true, random_below(2)};
+  const Access access = {barrier->agent,  machine.now,     delivery.seen.get(), true,
+                         random_below(2), delivery.issuer, delivery.issued};
   if (const Record* race = note(block->shadow.data(), delivery.offset, int(delivery.bytes), access)) {
     machine.error = format(
         "race: an asynchronous copy writes bytes %u to %u of the shared memory of block (%u,%u,%u) "
@@ -207,10 +213,9 @@ void deliver_one() {
     return;
   }
   memcpy(block->shared + delivery.offset, data, delivery.bytes);
-  const ClockRef landed = with_thread(ClockRef(), barrier->agent, machine.now);
+  barrier->arrived.add(barrier->agent, machine.now);
+  barrier->arrived_cluster.add(barrier->agent, machine.now);
   block->remote[barrier->agent] = machine.now++;
-  barrier->arrived = join(barrier->arrived, landed);
-  barrier->arrived_cluster = join(barrier->arrived_cluster, landed);
   barrier->bytes -= delivery.bytes;
   complete_if_done(*barrier);
   progress();

@@ -92,8 +92,9 @@ void note_shared(const Thread& thread, Block* block, uint32_t offset, int bytes,
     fail_race(*race, place(block, offset, bytes), thread.id == self()->id ? "this thread" : describe(thread), write);
 }
 
-void note_agent(ThreadId agent, const ClockRef& seen, Block* block, uint32_t offset, int bytes, bool write) {
-  const Access access = {agent, machine.now, seen.get(), write, random_below(2)};
+void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write) {
+  const Thread* me = self();
+  const Access access = {agent, machine.now, me->seen.get(), write, random_below(2), me->id, machine.now};
   if (const Record* race = note(block->shadow.data(), offset, bytes, access))
     fail_race(*race, place(block, offset, bytes), "an asynchronous copy", write);
 }

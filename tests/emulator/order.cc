@@ -54,24 +54,57 @@ Clock* copy(const ClockRef& clock) {
   return made;
 }
 
+// `clock` and these entries, which need not be sorted.
+ClockRef with_entries(const ClockRef& clock, Entries& entries) {
+  if (entries.empty()) return clock;
+  std::sort(entries.begin(), entries.end(), [](const Clock::Entry& x, const Clock::Entry& y) {
+    return x.id != y.id ? x.id < y.id : x.stamp > y.stamp;
+  });
+  const auto same = [](const Clock::Entry& x, const Clock::Entry& y) { return x.id == y.id; };
+  entries.erase(std::unique(entries.begin(), entries.end(), same), entries.end());
+  Clock* made = copy(clock);
+  ClockRef result(made);
+  made->threads.clear();
+  static const Entries none;
+  merge(made->threads, clock.get() ? clock.get()->threads : none, entries);
+  entries.clear();
+  return result;
+}
+
 }  // namespace
 
 bool covers(const Clock* clock, ThreadId id, Stamp stamp) {
   if (!clock) return false;
-  if (!(id & kAgent) &&
-      (covered(clock->blocks, id / kThreadsPerBlock, stamp) || covered(clock->warps, id / kWarpSize, stamp)))
-    return true;
-  return covered(clock->threads, id, stamp);
+  if (covered(clock->threads, id, stamp)) return true;
+  if (id & kAgent) return false;
+  const ThreadId thread = id & ~kArrival;
+  return covered(clock->blocks, thread / kThreadsPerBlock, stamp) || covered(clock->warps, thread / kWarpSize, stamp) ||
+         (thread != id && covered(clock->threads, thread, stamp));
 }
 
+bool covers_read(const Clock* clock, ThreadId id, Stamp stamp) {
+  return covers(clock, id, stamp) || (clock && covers(clock->reads.get(), id, stamp));
+}
+
+// The threads of a block often join the same two clocks one after another; they shall share the result.
 ClockRef join(const ClockRef& a, const ClockRef& b) {
   if (!b.get() || a.get() == b.get()) return a;
   if (!a.get()) return b;
+  struct Memo {
+    ClockRef a, b, joined;
+  };
+  static Memo memos[16];
+  const size_t hash = reinterpret_cast<uintptr_t>(a.get()) * 31 + reinterpret_cast<uintptr_t>(b.get());
+  Memo& memo = memos[(hash ^ hash >> 9) / 16 % 16];
+  if (memo.a.get() == a.get() && memo.b.get() == b.get()) return memo.joined;
   Clock* made = new Clock;
+  const ClockRef joined(made);
   merge(made->blocks, a.get()->blocks, b.get()->blocks);
   merge(made->warps, a.get()->warps, b.get()->warps);
   merge(made->threads, a.get()->threads, b.get()->threads);
-  return ClockRef(made);
+  made->reads = join(a.get()->reads, b.get()->reads);
+  memo = {a, b, joined};
+  return joined;
 }
 
 ClockRef with_thread(const ClockRef& clock, ThreadId id, Stamp stamp) {
@@ -101,6 +134,36 @@ ClockRef with_started(const ClockRef& clock, const std::vector<uint32_t>& blocks
   Clock* made = copy(clock);
   for (uint32_t block : blocks) raise(made->blocks, block, 0);
   return ClockRef(made);
+}
+
+void Publication::add(const ClockRef& seen, ThreadId id, Stamp stamp) {
+  seen_ = join(seen_, seen);
+  add(id, stamp);
+}
+
+void Publication::add(ThreadId id, Stamp stamp) {
+  if (!threads_.empty() && threads_.back().id == id)
+    threads_.back().stamp = std::max(threads_.back().stamp, stamp);
+  else
+    threads_.push_back({id, stamp});
+}
+
+void Publication::add_reads(const ClockRef& seen, ThreadId id, Stamp stamp) {
+  add(id | kArrival, stamp);
+  read_seen_ = join(read_seen_, seen);
+  read_threads_.push_back({id, stamp});
+}
+
+ClockRef Publication::take(const ClockRef& before) {
+  ClockRef clock = with_entries(join(before, seen_), threads_);
+  const ClockRef reads = with_entries(read_seen_, read_threads_);
+  if (reads.get()) {
+    Clock* made = copy(clock);
+    made->reads = join(made->reads, reads);
+    clock = ClockRef(made);
+  }
+  seen_ = read_seen_ = ClockRef();
+  return clock;
 }
 
 }  // namespace emulator

@@ -17,17 +17,10 @@ using ThreadId = uint32_t;  // kThreadsPerBlock * block + thread, or kAgent + n 
 
 constexpr uint32_t kThreadsPerBlock = 1024, kWarpSize = 32;
 constexpr ThreadId kAgent = 0x80000000u;
+constexpr ThreadId kArrival = 0x40000000u;  // with a thread's id: its arrivals that publish no writes
 constexpr ThreadId kNobody = 0xffffffffu;
 
-// Immutable once shared.
-struct Clock {
-  struct Entry {
-    uint32_t id;
-    Stamp stamp;
-  };
-  int references = 0;
-  std::vector<Entry> blocks, warps, threads;  // each sorted by id
-};
+struct Clock;
 
 // A counted reference; threads that passed the same barrier hold the same clock. Null: nothing happened before.
 class ClockRef {
@@ -47,16 +40,32 @@ class ClockRef {
   const Clock* get() const { return clock_; }
 
  private:
-  void hold() {
-    if (clock_) ++clock_->references;
-  }
-  void drop() {
-    if (clock_ && --clock_->references == 0) delete clock_;
-  }
+  void hold();
+  void drop();
   Clock* clock_ = nullptr;
 };
 
+// Immutable once shared.
+struct Clock {
+  struct Entry {
+    uint32_t id;
+    Stamp stamp;
+  };
+  int references = 0;
+  std::vector<Entry> blocks, warps, threads;  // each sorted by id
+  ClockRef reads;                             // of what is in here only the reads happened before
+};
+
+inline void ClockRef::hold() {
+  if (clock_) ++clock_->references;
+}
+inline void ClockRef::drop() {
+  if (clock_ && --clock_->references == 0) delete clock_;
+}
+
+// Whether what thread `id` did at `stamp` happened before; the second for an access that read.
 bool covers(const Clock* clock, ThreadId id, Stamp stamp);
+bool covers_read(const Clock* clock, ThreadId id, Stamp stamp);
 
 // Everything that happened before either.
 ClockRef join(const ClockRef& a, const ClockRef& b);
@@ -64,12 +73,28 @@ ClockRef join(const ClockRef& a, const ClockRef& b);
 // `clock` and all that thread `id` did up to `stamp`.
 ClockRef with_thread(const ClockRef& clock, ThreadId id, Stamp stamp);
 
-// The same for every thread of a warp (its number: id / kWarpSize) or block.
+// The same as with_thread for every thread of a warp (its number: id / kWarpSize) or block.
 ClockRef with_warp(const ClockRef& clock, uint32_t warp, Stamp stamp);
 ClockRef with_blocks(const ClockRef& clock, const std::vector<uint32_t>& blocks, Stamp stamp);
 
 // `clock`, and that these blocks have started.
 ClockRef with_started(const ClockRef& clock, const std::vector<uint32_t>& blocks);
+
+// What the arrivals at a barrier publish, put together when it is over.
+class Publication {
+ public:
+  // All that thread `id`, whose clock is `seen`, did up to `stamp`; or only its reads, and the arrival itself.
+  void add(const ClockRef& seen, ThreadId id, Stamp stamp);
+  void add_reads(const ClockRef& seen, ThreadId id, Stamp stamp);
+  // What `id` did, without what it knew.
+  void add(ThreadId id, Stamp stamp);
+  // `before` and the publication, which is then empty.
+  ClockRef take(const ClockRef& before);
+
+ private:
+  ClockRef seen_, read_seen_;
+  std::vector<Clock::Entry> threads_, read_threads_;
+};
 
 }  // namespace emulator
 }  // namespace fusedseq

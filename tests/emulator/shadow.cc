@@ -7,8 +7,9 @@ namespace emulator {
 
 namespace {
 
-bool conflicts(const Record& record, Stamp bytes, const Access& access) {
-  return (record.bytes & bytes) && record.id != access.id && !covers(access.seen, record.id, record.stamp);
+bool concerns(const Record& record, Stamp bytes, const Access& access) {
+  return (record.bytes & bytes) && record.id != access.id &&
+         !(record.id == access.issuer && record.stamp <= access.issued);
 }
 
 // A record that the new one makes superfluous, or the one to forget.
@@ -21,14 +22,15 @@ Record& replaced(Granule& granule, const Access& access) {
 }
 
 const Record* note_granule(Granule& granule, Stamp bytes, const Access& access) {
-  if (conflicts(granule.write, bytes, access)) return &granule.write;
+  const Record& write = granule.write;
+  if (concerns(write, bytes, access) && !covers(access.seen, write.id, write.stamp)) return &write;
   const Record record = {access.id, access.stamp, bytes};
   if (!access.write) {
     replaced(granule, access) = record;
     return nullptr;
   }
   for (Record& read : granule.reads)
-    if (conflicts(read, bytes, access)) return &read;
+    if (concerns(read, bytes, access) && !covers_read(access.seen, read.id, read.stamp)) return &read;
   for (Record& read : granule.reads) read.bytes &= ~bytes;
   granule.write = record;
   return nullptr;

@@ -25,13 +25,16 @@ struct Granule {
   Record write, reads[2];  // two readers of perhaps many: a race with the others shows under another seed
 };
 
-// One access: whose, when, what that thread knows.
+// One access: whose, when, what it knows: a thread's clock and, if it is an asynchronous copy's, what the thread that
+// issued it did until then.
 struct Access {
   ThreadId id;
   Stamp stamp;
   const Clock* seen;
   bool write;
   uint32_t chance;  // random, decides which reader is forgotten
+  ThreadId issuer = kNobody;
+  Stamp issued = 0;
 };
 
 // Notes the access to bytes [offset, offset + bytes) of what `granules` shadows; the record that it races with, or

@@ -135,11 +135,14 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
   m.doc() = "Fused sequence kernels for NVIDIA GPUs. fusedseq.backends.cuda is its caller.";
   m.attr("architectures") = FSQ_CUDA_ARCHS;
   m.attr("tiers") = py::make_tuple("step", "block", "cluster", "grid");
-  m.def("device", [] {
-    CudaDevice d{};
-    check(cuda_device(d));
-    return py::make_tuple(d.capability, d.sm_count, d.shared_per_block, d.max_cluster);
-  }, "Of the current device: 10 x compute capability, SMs, shared memory of a block in bytes, CTAs of a cluster.");
+  m.def(
+      "device",
+      [] {
+        CudaDevice d{};
+        check(cuda_device(d));
+        return py::make_tuple(d.capability, d.sm_count, d.shared_per_block, d.max_cluster);
+      },
+      "Of the current device: 10 x compute capability, SMs, shared memory of a block in bytes, CTAs of a cluster.");
   py::class_<CudaPlan>(m, "Plan", "How the current device runs a scan.")
       .def_property_readonly("tier", [](const CudaPlan& plan) { return int(plan.tier); })
       .def_readonly("ranks", &CudaPlan::ranks)

@@ -103,8 +103,8 @@ FSQ_CASE count_case(const float* in, float* out, int n) {
   return keep(run(count, Launch("count", "n=" + std::to_string(n), 1, unsigned(n)), in, out));
 }
 
-// What the launcher must refuse: 1 too many threads, 2 too much shared memory, 3 too large a cluster, 4 a grid that is no
-// multiple of the cluster, 5 a cooperative grid that does not fit.
+// What the launcher must refuse: 1 too many threads, 2 too much shared memory, 3 too large a cluster, 4 a grid that is
+// no multiple of the cluster, 5 a cooperative grid that does not fit.
 FSQ_CASE launch_case(int bug, const float* in, float* out) {
   Launch launch("count", "", bug == 4 ? 3 : bug == 5 ? 4096 : 1, bug == 1 ? 1056 : 32);
   if (bug == 2) launch.shared = 300000;
@@ -114,8 +114,8 @@ FSQ_CASE launch_case(int bug, const float* in, float* out) {
   return keep(run(count, launch, in, out));
 }
 
-// values: capability, SMs, shared memory per block and SM, largest cluster, then blocks per SM and resident clusters of a
-// launch of `threads` threads with `shared` bytes in clusters of `cluster`.
+// values: capability, SMs, shared memory per block and SM, largest cluster, then blocks per SM and resident clusters of
+// a launch of `threads` threads with `shared` bytes in clusters of `cluster`.
 FSQ_CASE device_case(int* values, int threads, int shared, int cluster) {
   Device device = {};
   std::string error = query(device);

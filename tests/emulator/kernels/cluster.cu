@@ -6,9 +6,9 @@ using namespace fusedseq;
 namespace {
 
 // Every block hands its values to the next of the cluster, `steps` times, by remote stores and cluster barriers.
-// Bugs: 1 a first store before the peers are known to run, 2 no barrier before reading, 3 the writers' arrival publishes
-// nothing, 4 the block leaves while its peer may still write, 5 a rank that does not exist, 6 a store past the end,
-// 7 waits without having arrived.
+// Bugs: 1 a first store before the peers are known to run, 2 no barrier before reading, 3 the writers' arrival
+// publishes nothing, 4 the block leaves while its peer may still write, 5 a rank that does not exist, 6 a store past
+// the end, 7 waits without having arrived.
 template <int Bug>
 __global__ void ring(float* data, int steps) {
   SharedArena arena = dynamic_shared();
@@ -37,10 +37,11 @@ __global__ void ring(float* data, int steps) {
   mine[i] = value;
 }
 
-// The same with st_async or bulk copies that the receiver's mbarrier counts, and remote arrivals that say when a buffer may
-// be filled again. Bugs: 1 reads without waiting, 2 nobody expects the bytes, 3 one arrival too many, 4 the sender does not
-// wait for a free buffer, 5 (bulk) no proxy fence, 6 (bulk) the source is overwritten under way, 7 mbarriers used before
-// the cluster knows of them, 8 the wait for a free buffer is of block scope, 9 the mbarrier of the sender's own block.
+// The same with st_async or bulk copies that the receiver's mbarrier counts, and remote arrivals that say when a buffer
+// may be filled again. Bugs: 1 reads without waiting, 2 nobody expects the bytes, 3 one arrival too many, 4 the sender
+// does not wait for a free buffer, 5 (bulk) no proxy fence, 6 (bulk) the source is overwritten under way, 7 mbarriers
+// used before the cluster knows of them, 8 the wait for a free buffer is of block scope, 9 the mbarrier of the sender's
+// own block.
 template <int Bug, bool Bulk>
 __global__ void relay(float* data, int steps) {
   SharedArena arena = dynamic_shared();
@@ -90,11 +91,40 @@ __global__ void relay(float* data, int steps) {
       while (!ptx::mbarrier_try_wait(full.address(slot), parity)) {
       }
     value = inbox[slot * n + i];
-    ptx::mbarrier_arrive_remote(ptx::mapa(free_slot.address(slot), previous));
+    ptx::mbarrier_arrive_remote_reads(ptx::mapa(free_slot.address(slot), previous));
   }
   mine[i] = value;
   ptx::cluster_arrive();
   ptx::cluster_wait();
+}
+
+// Block 0 writes into block 1 and arrives at its mbarrier. Bugs: 1 an arrival that publishes no writes, 2 a wait of
+// block scope.
+template <int Bug>
+__global__ void hand_over(const float* in, float* out) {
+  SharedArena arena = dynamic_shared();
+  const int n = int(blockDim.x), i = int(threadIdx.x);
+  const SharedSpan<float> inbox = arena.take<float>(n);
+  const SharedSpan<uint64_t> full = arena.take<uint64_t>(1);
+  if (i == 0) ptx::mbarrier_init(full.address(0), unsigned(n));
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  if (ptx::cluster_rank() == 0) {
+    ptx::st_remote(ptx::mapa(inbox.address(i), 1), in[i]);
+    const uint32_t theirs = ptx::mapa(full.address(0), 1);
+    if (Bug == 1)
+      ptx::mbarrier_arrive_remote_reads(theirs);
+    else
+      ptx::mbarrier_arrive_remote(theirs);
+  } else {
+    if (Bug == 2)
+      while (!ptx::mbarrier_try_wait(full.address(0), 0)) {
+      }
+    else
+      while (!ptx::mbarrier_try_wait_cluster(full.address(0), 0)) {
+      }
+    out[i] = inbox[n - 1 - i];
+  }
 }
 
 // Pairs of threads across two blocks exchange values of 2, 8 and 16 bytes by remote loads.
@@ -127,8 +157,7 @@ __global__ void bulk_fetch(const float* in, float* out) {
   if (i == 0) ptx::mbarrier_init(full.address(0), 1);
   __syncthreads();
   if (i == 0) ptx::mbarrier_arrive_expect_tx(full.address(0), uint32_t(n) * 4);
-  if (i % 32 == 0)
-    ptx::cp_async_bulk_to_shared(values.address(i), in + i, Bug == 1 ? 120 : 128, full.address(0));
+  if (i % 32 == 0) ptx::cp_async_bulk_to_shared(values.address(i), in + i, Bug == 1 ? 120 : 128, full.address(0));
   while (!ptx::mbarrier_try_wait(full.address(0), 0)) {
   }
   out[i] = 2 * values[i];
@@ -154,11 +183,15 @@ FSQ_CASE relay_case(int bug, int bulk, float* data, int n, int cluster, int grid
   void (*const stores[])(float*, int) = {relay<0, false>, relay<1, false>, relay<2, false>, relay<3, false>,
                                          relay<4, false>, nullptr,         nullptr,         relay<7, false>,
                                          relay<8, false>, relay<9, false>};
-  void (*const bulks[])(float*, int) = {relay<0, true>, relay<1, true>, relay<2, true>, relay<3, true>,
-                                        relay<4, true>, relay<5, true>, relay<6, true>, relay<7, true>,
-                                        relay<8, true>, relay<9, true>};
+  void (*const bulks[])(float*, int) = {relay<0, true>, relay<1, true>, relay<2, true>, relay<3, true>, relay<4, true>,
+                                        relay<5, true>, relay<6, true>, relay<7, true>, relay<8, true>, relay<9, true>};
   const Launch launch = in_cluster("relay", n, cluster, grid, n * 16 + 32);
   return keep(run(bulk ? bulks[bug] : stores[bug], launch, data, steps));
+}
+
+FSQ_CASE hand_over_case(int bug, const float* in, float* out, int n) {
+  void (*const kernels[])(const float*, float*) = {hand_over<0>, hand_over<1>, hand_over<2>};
+  return keep(run(kernels[bug], in_cluster("hand_over", n, 2, 2, n * 4 + 16), in, out));
 }
 
 FSQ_CASE remote_sizes_case(float4* wide, float2* middle, __nv_bfloat16* narrow, int n) {

@@ -6,9 +6,9 @@ using namespace fusedseq;
 namespace {
 
 // A chain: block b waits for flag b - 1, adds its values to the row that block b - 1 left, and raises flag b.
-// Bugs: 1 the flag is raised without a release, 2 awaited without an acquire, 3 raised before the block is done, 4 never
-// raised by block 1, 5 a store past the end, 6 relaxed flags with a fence on one side only. Variant 10: relaxed flags with
-// fences on both sides, which is right too; 11: atomics as flags.
+// Bugs: 1 the flag is raised without a release, 2 awaited without an acquire, 3 raised before the block is done, 4
+// never raised by block 1, 5 a store past the end, 6 relaxed flags with a fence on one side only. Variant 10: relaxed
+// flags with fences on both sides, which is right too; 11: atomics as flags.
 template <int Variant>
 __global__ void chain(const float* in, float* rows, uint32_t* flags) {
   const int n = int(blockDim.x), i = int(threadIdx.x), b = int(blockIdx.x);
@@ -65,8 +65,9 @@ __global__ void accumulate(const float* in, float* sums, int* counts) {
 }  // namespace
 
 FSQ_CASE chain_case(int variant, const float* in, float* rows, uint32_t* flags, int n, int grid, int cooperative) {
-  void (*const kernels[])(const float*, float*, uint32_t*) = {
-      chain<0>, chain<1>, chain<2>, chain<3>, chain<4>, chain<5>, chain<6>, chain<0>, chain<0>, chain<0>, chain<10>, chain<11>};
+  void (*const kernels[])(const float*, float*, uint32_t*) = {chain<0>, chain<1>, chain<2>,  chain<3>,
+                                                              chain<4>, chain<5>, chain<6>,  chain<0>,
+                                                              chain<0>, chain<0>, chain<10>, chain<11>};
   Launch launch("chain", "n=" + std::to_string(n), unsigned(grid), unsigned(n));
   launch.cooperative = cooperative != 0;
   return keep(run(kernels[variant], launch, in, rows, flags));

@@ -7,8 +7,8 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// out: of each warp its sum, in every lane. Bugs: 1 a lane has left, 2 a lane calls with a mask that lacks it, 3 the lanes
-// part into different collectives.
+// out: of each warp its sum, in every lane. Bugs: 1 a lane has left, 2 a lane calls with a mask that lacks it, 3 the
+// lanes part into different collectives.
 template <int Bug>
 __global__ void warp_sum(const float* in, float* out) {
   const int lane = int(ptx::lane());
@@ -81,8 +81,8 @@ __global__ void load_matrices(const uint16_t* in, uint32_t* out) {
   for (int i = 0; i < N; ++i) out[lane * N + i] = r[i];
 }
 
-// d[16,8] = a[16,16] b[8,16]^T in bf16 through ldmatrix. Bugs: 1 registers a[1] and a[2] exchanged, 2 a row past the end,
-// 3 rows at odd addresses, 4 the tile is read before the warp has written it, 5 half of the warp takes part.
+// d[16,8] = a[16,16] b[8,16]^T in bf16 through ldmatrix. Bugs: 1 registers a[1] and a[2] exchanged, 2 a row past the
+// end, 3 rows at odd addresses, 4 the tile is read before the warp has written it, 5 half of the warp takes part.
 template <int Bug>
 __global__ void tile(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   SharedArena arena = dynamic_shared();
@@ -93,9 +93,9 @@ __global__ void tile(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   if (Bug != 4) __syncwarp();
   uint32_t ra[4], rb[2];
   const int row = lane % 16, column = lane / 16 * 8;
-  ptx::ldmatrix<4>(ra, sa.address((Bug == 1 ? lane / 16 * 8 + lane % 8 : row) * 16 +
-                                  (Bug == 1 ? lane / 8 % 2 * 8 : column)) +
-                           (Bug == 3 ? 2u : 0u) + (Bug == 2 && lane == 31 ? 16384u : 0u));
+  ptx::ldmatrix<4>(
+      ra, sa.address((Bug == 1 ? lane / 16 * 8 + lane % 8 : row) * 16 + (Bug == 1 ? lane / 8 % 2 * 8 : column)) +
+              (Bug == 3 ? 2u : 0u) + (Bug == 2 && lane == 31 ? 16384u : 0u));
   ptx::ldmatrix<2>(rb, sb.address(lane % 8 * 16 + lane / 8 % 2 * 8));
   float sums[4] = {};
   if (Bug != 5 || lane < 16) ptx::mma_m16n8k16<__nv_bfloat16>(sums, ra, rb);
@@ -135,7 +135,7 @@ FSQ_CASE load_matrices_case(int count, int transposed, const uint16_t* in, uint3
 
 FSQ_CASE tile_case(int bug, const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   void (*const kernels[])(const __nv_bfloat16*, const __nv_bfloat16*, float*) = {tile<0>, tile<1>, tile<2>,
-                                                                                tile<3>, tile<4>, tile<5>};
+                                                                                 tile<3>, tile<4>, tile<5>};
   Launch launch("tile", "", 1, 32);
   launch.shared = (16 + 8) * 16 * 2;
   return keep(run(kernels[bug], launch, a, b, d));
