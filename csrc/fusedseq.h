@@ -209,7 +209,7 @@ struct CudaScanParams {
   int64_t reserve_sd;                // from there to direction 1, in elements
   bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
   void* workspace;                   // CudaPlan::workspace bytes, aligned to 256
-  uint32_t* fault;                   // set to 1 by a kernel whose barrier did not complete, whose results are NaN
+  uint32_t* fault;                   // set to 1 before a launch ends in an error, because a barrier did not complete
   void* stream;
 };
 

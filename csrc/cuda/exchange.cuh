@@ -9,7 +9,7 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-constexpr uint64_t kPatience = 2000000000;  // nanoseconds that a rank waits for the others
+constexpr uint64_t kPatience = 5000000000;  // nanoseconds that a rank waits for the others
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
@@ -33,7 +33,7 @@ struct BlockChannel {
   // Between what every thread does to prepare the block's memory and the first step.
   FSQ_DEVICE void begin(int) { __syncthreads(); }
   FSQ_DEVICE void publish(int, int) { __syncthreads(); }
-  // False if the others did not answer.
+  // False, to all lanes of a warp, if the others did not answer: then there is nothing to be read.
   FSQ_DEVICE bool wait(int) { return true; }
   FSQ_DEVICE void end() {}
 };
@@ -79,12 +79,13 @@ struct ClusterChannel {
   FSQ_DEVICE bool wait(int n) {
     const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
     uint64_t since = 0;
-    while (!ptx::mbarrier_try_wait_cluster(barrier, parity)) {
+    bool late = false;
+    while (!late && !ptx::mbarrier_try_wait_cluster(barrier, parity)) {
       const uint64_t now = ptx::globaltimer();
       if (!since) since = now;
-      if (now - since > kPatience) return false;
+      late = now - since > kPatience;
     }
-    return true;
+    return !__any_sync(0xffffffffu, late);
   }
   // No CTA may leave while a peer still writes to it.
   FSQ_DEVICE void end() {

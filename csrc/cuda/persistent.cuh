@@ -57,13 +57,15 @@ FSQ_DEVICE void publish(Channel& channel, const CudaPlan& plan, int rank, int n)
     channel.publish(rank, n);
 }
 
-// A barrier that did not complete: the results are spoiled for everyone to see, and the caller is told.
-template <class E>
-FSQ_DEVICE void report_fault(const CudaScanParams& p, const Share& share, void* state) {
-  if (p.fault && threadIdx.x == 0) *p.fault = 1;
-  const float nan = __int_as_float(0x7fffffff);
-  for (int e = int(threadIdx.x); e < share.count; e += int(blockDim.x))
-    if (share.owns(p, e)) write<E>(state, state_at(p, share.spot(e, 0), p.H), nan);
+// A rank did not answer: tell the caller which kernel it was, and end the launch in an error. There is no orderly way
+// out, as copies of those who did answer may still be on their way into this CTA.
+FSQ_DEVICE void give_up(const CudaScanParams& p) {
+  if (p.fault && threadIdx.x == 0) {
+    *p.fault = 1;
+    __threadfence_system();
+  }
+  __syncthreads();
+  __trap();
 }
 
 template <Cell C, class E, template <class> class Channel>
@@ -135,7 +137,6 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, gate, e / width, e % width)];
     return sum;
   };
-  bool failed = false;
   for (int64_t i = 0; i < steps; ++i) {
     const int now = int(i & 1), turn = int(i);
     Forward<C, E> element[kElements];
@@ -145,11 +146,8 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       if (share.owns(p, e)) element[n].load(p, share.spot(e, time_of(share.d, i, steps)));
     }
     bool arrived = i == 0 || m.h.wait(turn - 1);
-    multiply<kFirst<C>>(m.w, m.h.slices, now, parts, m.sums);
-    if (__syncthreads_or(!arrived)) {
-      failed = true;
-      break;
-    }
+    if (arrived) multiply<kFirst<C>>(m.w, m.h.slices, now, parts, m.sums);
+    if (__syncthreads_or(!arrived)) give_up(p);
     if constexpr (Memory::kTwo) {
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {
@@ -162,11 +160,8 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       }
       m.rh.publish(share.rank, turn);
       arrived = m.rh.wait(turn);
-      multiply<1>(m.w_n, m.rh.slices, 1 - now, parts, m.sums);
-      if (__syncthreads_or(!arrived)) {
-        failed = true;
-        break;
-      }
+      if (arrived) multiply<1>(m.w_n, m.rh.slices, 1 - now, parts, m.sums);
+      if (__syncthreads_or(!arrived)) give_up(p);
     }
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
@@ -190,10 +185,6 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       h.data.store(h.at(1 - now, share.rank) + at, next);
     }
     if (i + 1 < steps) publish(m.h, plan, share.rank, turn);
-  }
-  if (failed) {
-    report_fault<E>(p, share, p.h_n);
-    return;
   }
   __syncthreads();
   for (int n = 0; n < kElements; ++n) {
@@ -271,7 +262,6 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, 0, e / width, e % width)];
     return sum;
   };
-  bool failed = false;
   // One turn more than there are steps: the last gathers the gradients of the first states.
   for (int64_t turn = 0; turn <= steps; ++turn) {
     const int now = int(turn & 1), n_turn = int(turn);
@@ -287,11 +277,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       upstream[n] = element[n].live ? Backward<C, E>::upstream(p, share.spot(e, t)) : 0;
     }
     bool arrived = turn == 0 || m.fed.wait(n_turn - 1);
-    multiply<1>(m.w, m.fed.slices, now, parts, m.sums);
-    if (__syncthreads_or(!arrived)) {
-      failed = true;
-      break;
-    }
+    if (arrived) multiply<1>(m.w, m.fed.slices, now, parts, m.sums);
+    if (__syncthreads_or(!arrived)) give_up(f);
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       const int e = share.element(n);
@@ -319,11 +306,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     if constexpr (Memory::kTwo) {
       m.dn.publish(share.rank, n_turn);
       arrived = m.dn.wait(n_turn);
-      multiply<1>(m.w_n, m.dn.slices, 1 - now, parts, m.sums);
-      if (__syncthreads_or(!arrived)) {
-        failed = true;
-        break;
-      }
+      if (arrived) multiply<1>(m.w_n, m.dn.slices, 1 - now, parts, m.sums);
+      if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {
         const int e = share.element(n);
@@ -336,10 +320,6 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       }
     }
     publish(m.fed, plan, share.rank, n_turn);
-  }
-  if (failed) {
-    report_fault<E>(f, share, p.dh0);
-    return;
   }
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);

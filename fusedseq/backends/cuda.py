@@ -9,6 +9,7 @@ Without a GPU the same kernels run under an emulator, on CPU tensors, while `emu
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +32,12 @@ device = "cuda"  # the registry offers it no other tensors, unless it is asked f
 
 OLDEST = 80  # compute capability times ten
 
-_real: Any
+_real: Any = None
+_why_missing = ""
 try:
-    from fusedseq import _cuda as _real
+    _real = importlib.import_module("fusedseq._cuda")
 except ImportError as error:
-    _real = None
     _why_missing = f"the compiled kernels fusedseq._cuda do not load ({error})"
-else:
-    _why_missing = ""
 _emulator: Any = None
 
 

@@ -168,8 +168,8 @@ def check_fault(device: torch.device) -> None:
     if word.item():
         word.zero_()
         raise Fault(
-            f"a kernel of the cuda backend on {device} waited in vain for another part of itself; "
-            "what it returned is not to be used (FUSEDSEQ_CUDA_TIER=step runs without such waits)"
+            f"a kernel of the cuda backend on {device} waited in vain for another part of itself and gave up: "
+            "what it returned is not to be used, and a CUDA error follows (FUSEDSEQ_CUDA_TIER=step needs no such waits)"
         )
 
 

@@ -143,7 +143,8 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
         return py::make_tuple(d.capability, d.sm_count, d.shared_per_block, d.max_cluster);
       },
       "Of the current device: 10 x compute capability, SMs, shared memory of a block in bytes, CTAs of a cluster.");
-  py::class_<CudaPlan>(m, "Plan", "How the current device runs a scan.")
+  // The emulated module may be loaded beside the real one.
+  py::class_<CudaPlan>(m, "Plan", py::module_local(), "How the current device runs a scan.")
       .def_property_readonly("tier", [](const CudaPlan& plan) { return int(plan.tier); })
       .def_readonly("ranks", &CudaPlan::ranks)
       .def_readonly("rows", &CudaPlan::rows)
