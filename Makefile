@@ -7,8 +7,11 @@ CXX_FILES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cc' -o -nam
 
 # A core that does not compile must stop `make`, not fall back to the reference backend.
 export FUSEDSEQ_REQUIRE_CORE := 1
+# The GPU kernels take minutes to compile and no test but those of `make cuda` needs them: their sources run under an
+# emulator.
+export FUSEDSEQ_CUDA ?= 0
 
-.PHONY: help demo test lint format bench sanitize build clean
+.PHONY: help demo test lint format bench sanitize build cuda clean
 
 help:
 	@echo "make demo      train recurrent and attentive forecasters, torch beside fusedseq; writes out/forecast.png"
@@ -18,6 +21,7 @@ help:
 	@echo "make format    ruff and clang-format, in place"
 	@echo "make sanitize  the core tests on a core built with AddressSanitizer and UBSan"
 	@echo "make build     create $(VENV) and compile the core"
+	@echo "make cuda      compile the GPU kernels with nvcc and hold their registers and shared memory against the budget"
 	@echo "make clean     remove all that was built, but keep $(VENV)"
 
 $(VENV)/.python:
@@ -67,6 +71,10 @@ sanitize: build
 	LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
 	$(BIN)/pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+
+cuda: $(VENV)/.installed
+	FUSEDSEQ_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pytest tests/test_cuda_resources.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .hypothesis

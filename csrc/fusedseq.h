@@ -204,6 +204,62 @@ struct LinearGradParams {
   void *dx, *dw, *db;  // [M, K], [N, K], [N], dense
 };
 
+// The recurrence of one layer on a GPU, all its directions. The products over all time steps, W_ih x before it and the
+// gradients of x and of the weights after it, are the caller's. Everything lies in device memory.
+struct CudaScanParams {
+  Cell cell;
+  DType dtype;  // of states, weights and outputs; half types compute in float32
+  int64_t T, B, H, R, D;
+  const int64_t* offsets;            // [T] running sum of batch_sizes where rows are packed, or null
+  const int32_t* lengths;            // [B] steps of each row, or null: T each
+  Rows gates;                        // [T,B,D*G*H] compute type: W_ih x
+  const void* bias;                  // [D,G*H] compute type or null: b_ih + b_hh, of a GRU's candidate b_ih alone
+  const void* bias_n;                // [D,H] compute type or null: b_hn of a GRU that resets after the product
+  const void* h0;                    // [D,B,R] or null: zeros
+  const void* c0;                    // [D,B,H] or null: zeros
+  const void* w_hh[kMaxDirections];  // [G*H, R]
+  const void* w_hr[kMaxDirections];  // [R, H] or null (then R == H)
+  Rows resets;                       // bool [T,B], data may be null
+  Rows y;                            // [T,B,D*R]; rows past a length are left untouched, here and below
+  Rows c_all;                        // [T,B,D*H], data may be null
+  void* h_n;                         // [D,B,R]
+  void* c_n;                         // [D,B,H], LSTM only
+  Rows reserve;                      // [T,B,S*H] of direction 0, compute type; data null: keep nothing
+  int64_t reserve_sd;                // from there to direction 1, in elements
+  bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  void* workspace;                   // CudaPlan::workspace bytes, aligned to 256
+  uint32_t* fault;                   // set to 1 before a launch ends in an error, because a barrier did not complete
+  void* stream;
+};
+
+// Gradients that come in may be null (zero).
+struct CudaScanGradParams {
+  CudaScanParams fwd;  // as given to forward, but for what forward alone reads or writes (gates, biases, h_n, c_n)
+  Rows dy;             // [T,B,D*R] or null
+  Rows dc_all;         // [T,B,D*H] or null
+  const void* dh_n;    // [D,B,R] or null
+  const void* dc_n;    // [D,B,H] or null
+  Rows dgates;         // [T,B,D*G*H]: of W_ih x
+  Rows dhn;            // [T,B,D*H]: of W_hn h + b_hn, for a GRU that resets after the product
+  Rows dh;             // [T,B,D*R]: of h, for an LSTM with projection
+  void* dh0;           // [D,B,R]
+  void* dc0;           // [D,B,H], LSTM only
+};
+
+// Where the weights live and how the state travels; docs/gpu-scans.md.
+enum class CudaTier : int { step = 0, block = 1, cluster = 2, grid = 3 };
+
+struct CudaPlan {
+  CudaTier tier;
+  int ranks;  // CTAs that share the hidden units of one direction and tile of rows
+  int rows;   // of a tile
+  int units;  // of a rank
+  int warps;
+  int shared;         // bytes of a CTA
+  int64_t workspace;  // bytes
+  int stuck;          // a rank that tests make fall silent after its first step; -1: none
+};
+
 // Entry points of one ISA row of the CPU backend.
 struct CpuTable {
   const char* name;

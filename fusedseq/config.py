@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # In priority order: the registry tries them from left to right.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 # From plain to richest, as `fusedseq._cpu.isas()` names them.
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+# How the cuda backend may run a scan, as `fusedseq._cuda.tiers` names them; docs/gpu-scans.md.
+CUDA_TIERS = ("step", "block", "cluster", "grid")
 
 # How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.
 _RELATED = (
@@ -31,6 +34,7 @@ class Settings:
     scratch_mb: int = 256
     interpret: bool = False
     autotune: bool = False
+    cuda_tier: str | None = None
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -69,6 +73,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         isa=_one_of(environ, "FUSEDSEQ_ISA", ISAS),
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
         autotune=_flag(environ, "FUSEDSEQ_AUTOTUNE"),
+        cuda_tier=_one_of(environ, "FUSEDSEQ_CUDA_TIER", CUDA_TIERS),
         # Triton's own variable, and its own reading of it.
         interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )

@@ -311,6 +311,13 @@ def reload() -> None:
     _decisions.clear()
 
 
+def forget() -> None:
+    """Decide anew from now on, where a backend has come or gone."""
+    global _generation
+    _generation += 1
+    _decisions.clear()
+
+
 def add_hook(hook: Callable[[Choice], None]) -> None:
     """Call `hook` with the `Choice` of every operator call, in every thread, until it is removed."""
     global _hooks

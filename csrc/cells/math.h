@@ -18,13 +18,17 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
+// The coefficients of q stand in a function: device code may not index a constant of a class.
 template <class S>
 struct ExpConst;
 
 template <>
 struct ExpConst<float> {
   static constexpr int kDegree = 4;
-  static constexpr float q[kDegree + 1] = {0x1.0p-1f, 0x1.5554aep-3f, 0x1.555484p-5f, 0x1.12296ep-7f, 0x1.6d9b08p-10f};
+  FSQ_INLINE float q(int i) {
+    constexpr float all[] = {0x1.0p-1f, 0x1.5554aep-3f, 0x1.555484p-5f, 0x1.12296ep-7f, 0x1.6d9b08p-10f};
+    return all[i];
+  }
   static constexpr float log2e = 0x1.715476p+0f, ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;
   static constexpr float exp_floor = -104.0f;  // below: e^x rounds to 0
   static constexpr float tanh_ceil = 20.0f;    // tanh(x) rounds to 1 for 2 x above
@@ -33,9 +37,12 @@ struct ExpConst<float> {
 template <>
 struct ExpConst<double> {
   static constexpr int kDegree = 11;
-  static constexpr double q[kDegree + 1] = {1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,
-                                            1.0 / 720,       1.0 / 5040,       1.0 / 40320,       1.0 / 362880,
-                                            1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
+  FSQ_INLINE double q(int i) {
+    constexpr double all[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,
+                              1.0 / 720,       1.0 / 5040,       1.0 / 40320,       1.0 / 362880,
+                              1.0 / 3628800.0, 1.0 / 39916800.0, 1.0 / 479001600.0, 1.0 / 6227020800.0};
+    return all[i];
+  }
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_hi = 0x1.62e42fee00000p-1, ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double exp_floor = -746.0;
   static constexpr double tanh_ceil = 42.0;
@@ -48,9 +55,9 @@ FSQ_INLINE V expm1_reduced(V x, V& n) {
   typedef ExpConst<S> K;
   n = round_even(x * Num<V>::c(K::log2e));
   const V r = fma(n, Num<V>::c(-K::ln2_lo), fma(n, Num<V>::c(-K::ln2_hi), x));
-  V q = Num<V>::c(K::q[K::kDegree]);
-#pragma GCC unroll 12
-  for (int i = K::kDegree - 1; i >= 0; --i) q = fma(q, r, Num<V>::c(K::q[i]));
+  V q = Num<V>::c(K::q(K::kDegree));
+  FSQ_UNROLL
+  for (int i = K::kDegree - 1; i >= 0; --i) q = fma(q, r, Num<V>::c(K::q(i)));
   return fma(r * r, q, r);
 }
 

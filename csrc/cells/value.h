@@ -1,10 +1,12 @@
-// The two macros and the trait that make the cell math generic over the value type.
+// The macros and the trait that make the cell math generic over the value type.
 #pragma once
 
 #if defined(__CUDACC__)
 #define FSQ_INLINE static __device__ __forceinline__
+#define FSQ_UNROLL _Pragma("unroll")
 #else
 #define FSQ_INLINE static inline __attribute__((always_inline))
+#define FSQ_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace fusedseq {

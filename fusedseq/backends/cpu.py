@@ -22,6 +22,14 @@ from fusedseq.backends.cpu_rows import (
     layer_norm_forward,
 )
 from fusedseq.backends.reference import Save, reserve_columns, reserve_like
+from fusedseq.backends.tensors import CELLS as _CELLS
+from fusedseq.backends.tensors import DTYPES as _DTYPES
+from fusedseq.backends.tensors import GATES as _GATES
+from fusedseq.backends.tensors import dense as _dense
+from fusedseq.backends.tensors import dense_rows as _dense_rows
+from fusedseq.backends.tensors import pointer as _pointer
+from fusedseq.backends.tensors import rows as _rows
+from fusedseq.backends.tensors import sizes as _sizes
 
 if TYPE_CHECKING:
     from fusedseq.registry import Call
@@ -46,10 +54,6 @@ else:
     _why_missing = ""
     if config.settings.isa in _core.isas():  # a cap above what the machine has caps nothing
         _core.set_isa(config.settings.isa)
-
-_CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
-_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _threads = torch.get_num_threads
 
@@ -76,25 +80,6 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def _rows(x: Tensor | None, packed: bool, batch_first: bool) -> tuple[int, int, int] | None:
-    """Address, time stride, batch stride of a tensor whose last dimension is dense (or, for a mask, absent)."""
-    if x is None:
-        return None
-    stride = x.stride()
-    if packed:
-        return x.data_ptr(), 0, stride[0]
-    return (x.data_ptr(), stride[1], stride[0]) if batch_first else (x.data_ptr(), stride[0], stride[1])
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x with a dense last dimension; anything may be broadcast or strided before it."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _weights(weights: Sequence[Tensor], directions: int) -> tuple[tuple[int | None, ...], ...]:
     """Per direction the addresses of w_ih, w_hh, b_ih, b_hh, w_hr; see the contract for which are there."""
     count = len(weights) // directions
@@ -108,23 +93,6 @@ def _weights(weights: Sequence[Tensor], directions: int) -> tuple[tuple[int | No
             w[-1].data_ptr() if projection else None,
         ))  # fmt: skip
     return tuple(table)
-
-
-def _dense(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [w if w.is_contiguous() else w.contiguous() for w in weights]
-
-
-def _sizes(
-    cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], directions: int, batch_first: bool,
-    batch_sizes: Tensor | None,
-) -> tuple[int, int, int, int, int, int]:  # fmt: skip
-    """T, B, I, H, R, D."""
-    hidden, state = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
-    if batch_sizes is not None:
-        batch = h0.shape[1] if h0 is not None else int(batch_sizes[0]) if len(batch_sizes) else 0
-        return len(batch_sizes), batch, x.shape[1], hidden, state, directions
-    steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
-    return steps, batch, x.shape[2], hidden, state, directions
 
 
 def scan_forward(

@@ -76,6 +76,7 @@ inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicat
 inline int __syncthreads_and(int predicate) { return __syncthreads_count(predicate == 0) == 0; }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { fusedseq::emulator::sync_warp(mask); }
 inline void __threadfence() { fusedseq::emulator::fence(); }
+inline void __threadfence_system() { fusedseq::emulator::fence(); }
 inline void __threadfence_block() { fusedseq::emulator::fence(); }
 inline void __trap() { fusedseq::emulator::trap("__trap()"); }
 

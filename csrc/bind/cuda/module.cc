@@ -1,0 +1,160 @@
+// fusedseq._cuda, and under the emulator fusedseq._cuda_emulated: addresses, sizes and strides by name, a params
+// struct, one call with the GIL released. Work is enqueued on the caller's stream; nothing waits for it.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "bind/call.h"
+#include "cuda/surface.h"
+
+#ifndef FSQ_CUDA_MODULE
+#define FSQ_CUDA_MODULE _cuda
+#endif
+#ifndef FSQ_CUDA_ARCHS
+#define FSQ_CUDA_ARCHS ""
+#endif
+
+namespace py = pybind11;
+using namespace fusedseq;
+
+namespace {
+
+// Whatever the caller did not name is null.
+class Arguments {
+ public:
+  explicit Arguments(const py::dict& named) : named_(named) {}
+  py::object at(const char* name) const { return named_.contains(name) ? py::object(named_[name]) : py::none(); }
+  template <class T = void>
+  T* pointer(const char* name) const {
+    return fusedseq::pointer<T>(at(name));
+  }
+  Rows rows(const char* name) const {
+    const py::object x = at(name);
+    if (x.is_none()) return {nullptr, 0, 0};
+    const py::tuple t = x;
+    return {fusedseq::pointer(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
+  }
+  void directions(const char* name, const void* (&into)[kMaxDirections]) const {
+    const py::object x = at(name);
+    for (size_t d = 0; d < kMaxDirections; ++d) {
+      const py::tuple t = x.is_none() ? py::tuple() : py::tuple(x);
+      into[d] = d < t.size() ? fusedseq::pointer<const void>(t[d]) : nullptr;
+    }
+  }
+
+ private:
+  const py::dict& named_;
+};
+
+CudaScanParams sized(int cell, int dtype, const py::tuple& sizes) {
+  CudaScanParams p{};
+  p.cell = Cell(cell);
+  p.dtype = DType(dtype);
+  int64_t* const into[] = {&p.T, &p.B, &p.H, &p.R, &p.D};
+  for (size_t i = 0; i < 5; ++i) *into[i] = sizes[i].cast<int64_t>();
+  return p;
+}
+
+CudaScanParams scan_params(int cell, int dtype, const py::tuple& sizes, const Arguments& a) {
+  CudaScanParams p = sized(cell, dtype, sizes);
+  p.offsets = a.pointer<const int64_t>("offsets");
+  p.lengths = a.pointer<const int32_t>("lengths");
+  p.gates = a.rows("gates");
+  p.bias = a.pointer("bias");
+  p.bias_n = a.pointer("bias_n");
+  p.h0 = a.pointer("h0");
+  p.c0 = a.pointer("c0");
+  a.directions("w_hh", p.w_hh);
+  a.directions("w_hr", p.w_hr);
+  p.resets = a.rows("resets");
+  p.y = a.rows("y");
+  p.c_all = a.rows("c_all");
+  p.h_n = a.pointer("h_n");
+  p.c_n = a.pointer("c_n");
+  p.reserve = a.rows("reserve");
+  p.reserve_sd = a.at("reserve_sd").is_none() ? 0 : a.at("reserve_sd").cast<int64_t>();
+  p.recompute = !a.at("recompute").is_none() && a.at("recompute").cast<bool>();
+  p.workspace = a.pointer("workspace");
+  p.fault = a.pointer<uint32_t>("fault");
+  p.stream = a.pointer("stream");
+  return p;
+}
+
+void check(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, int tier) {
+  CudaScanParams p = sized(cell, dtype, sizes);
+  if (projected) p.w_hr[0] = p.w_hr[1] = &p;  // a plan asks only whether it is there
+  CudaPlan plan{};
+  check(cuda_plan(p, backward, tier, plan));
+  return plan;
+}
+
+void scan_forward(const CudaPlan& plan, int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
+  const CudaScanParams p = scan_params(cell, dtype, sizes, Arguments(named));
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_scan_forward(p, plan);
+  }
+  check(error);
+}
+
+void scan_backward(const CudaPlan& plan, int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
+  const Arguments a(named);
+  CudaScanGradParams p{};
+  p.fwd = scan_params(cell, dtype, sizes, a);
+  p.dy = a.rows("dy");
+  p.dc_all = a.rows("dc_all");
+  p.dh_n = a.pointer("dh_n");
+  p.dc_n = a.pointer("dc_n");
+  p.dgates = a.rows("dgates");
+  p.dhn = a.rows("dhn");
+  p.dh = a.rows("dh");
+  p.dh0 = a.pointer("dh0");
+  p.dc0 = a.pointer("dc0");
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_scan_backward(p, plan);
+  }
+  check(error);
+}
+
+void previous(int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
+  const Arguments a(named);
+  check(cuda_previous(scan_params(cell, dtype, sizes, a), a.rows("into")));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
+  m.doc() = "Fused sequence kernels for NVIDIA GPUs. fusedseq.backends.cuda is its caller.";
+  m.attr("architectures") = FSQ_CUDA_ARCHS;
+  m.attr("tiers") = py::make_tuple("step", "block", "cluster", "grid");
+  m.def(
+      "device",
+      [] {
+        CudaDevice d{};
+        check(cuda_device(d));
+        return py::make_tuple(d.capability, d.sm_count, d.shared_per_block, d.max_cluster);
+      },
+      "Of the current device: 10 x compute capability, SMs, shared memory of a block in bytes, CTAs of a cluster.");
+  // The emulated module may be loaded beside the real one.
+  py::class_<CudaPlan>(m, "Plan", py::module_local(), "How the current device runs a scan.")
+      .def_property_readonly("tier", [](const CudaPlan& plan) { return int(plan.tier); })
+      .def_readonly("ranks", &CudaPlan::ranks)
+      .def_readonly("rows", &CudaPlan::rows)
+      .def_readonly("units", &CudaPlan::units)
+      .def_readonly("warps", &CudaPlan::warps)
+      .def_readonly("shared", &CudaPlan::shared)
+      .def_readonly("workspace", &CudaPlan::workspace)
+      .def_readwrite("stuck", &CudaPlan::stuck);
+  m.def("plan", &plan);
+  m.def("scan_forward", &scan_forward);
+  m.def("scan_backward", &scan_backward);
+  m.def("previous", &previous);
+}

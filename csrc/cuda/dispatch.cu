@@ -1,0 +1,104 @@
+// Which tier runs a scan on the device at hand.
+#include "cuda/scan.h"
+#include "cuda/surface.h"
+
+namespace fusedseq {
+
+using namespace FSQ_ISA;
+
+namespace {
+
+const char* const kTiers[] = {"step", "block", "cluster", "grid"};
+constexpr int kMostWarps = 12;
+
+int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A warp has a tile of 16 units to itself; where there are few, several warps share one and split its terms.
+int warps_for(int units) {
+  const int tiles = units / 16;
+  return tiles >= 8 ? tiles : tiles * (8 / tiles);
+}
+
+// Clocks of a step, by the bytes of weights that a CTA reads from shared memory (128 a clock) and what an exchange
+// costs, times the turns in which the device takes all CTAs. Estimates, until they have been measured.
+double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan& plan, int weight_bytes) {
+  const int64_t ctas = up(p.B, plan.rows) / plan.rows * p.D * plan.ranks;
+  const double turns = double(up(ctas, device.sm_count) / device.sm_count);
+  return turns * (plan.ranks > 1 ? 900 : 100) + turns * weight_bytes / 128.0;
+}
+
+// Why this tier does not take the scan, empty if it does; fills in the plan.
+std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan) {
+  if (tier == CudaTier::step) {
+    plan = {tier, 1, 16, 16, 8, 0, step_workspace(p, backward), -1};
+    return "";
+  }
+  if (p.dtype == DType::f64) return "float64 has no kernel that keeps its weights";
+  if (p.w_hr[0]) return "a projection needs a second product";
+  const bool cluster = tier == CudaTier::cluster;
+  if (!cluster && tier != CudaTier::block) return "there is no such tier";
+  if (cluster && device.max_cluster < 2) return "the device has no clusters";
+  double best = 0;
+  for (int most = cluster ? 2 : 1; most <= (cluster ? device.max_cluster : 1); ++most) {
+    const int units = int(up((p.H + most - 1) / most, 16)), ranks = int((p.H + units - 1) / units);
+    if (ranks != most || warps_for(units) > kMostWarps) continue;
+    for (int rows : {16, 8}) {
+      CudaPlan one{tier, ranks, rows, units, warps_for(units), 0, 0, -1};
+      one.shared = cluster ? cluster_bytes(p, one, backward) : block_bytes(p, one, backward);
+      if (one.shared > device.shared_per_block || (rows == 16 && p.B <= 8)) continue;
+      const int element = p.dtype == DType::f32 ? 4 : 2;
+      const double clocks = step_clocks(p, device, one, gate_count(p.cell) * units * ranks * units * element);
+      if (best && clocks >= best) continue;
+      if (cluster && !cluster_possible(p, one, backward)) continue;
+      best = clocks;
+      plan = one;
+    }
+  }
+  return best ? "" : "the weights do not fit into shared memory";
+}
+
+}  // namespace
+
+std::string cuda_device(CudaDevice& device) {
+  Device d;
+  const std::string error = query(d);
+  if (error.empty()) device = {d.capability, d.sm_count, d.shared_per_block, d.max_cluster};
+  return error;
+}
+
+std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, CudaPlan& plan) {
+  Device device;
+  const std::string error = query(device);
+  if (!error.empty()) return error;
+  if (tier >= 0) {
+    const std::string why = fit(p, backward, device, CudaTier(tier), plan);
+    return why.empty() ? why : std::string("tier ") + kTiers[tier] + " refuses " + describe(p) + ": " + why;
+  }
+  for (CudaTier one : {CudaTier::block, CudaTier::cluster, CudaTier::grid})
+    if (fit(p, backward, device, one, plan).empty()) return "";
+  return fit(p, backward, device, CudaTier::step, plan);
+}
+
+std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan) {
+  switch (plan.tier) {
+    case CudaTier::block:
+      return block_forward(p, plan);
+    case CudaTier::cluster:
+      return cluster_forward(p, plan);
+    default:
+      return step_forward(p);
+  }
+}
+
+std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
+  switch (plan.tier) {
+    case CudaTier::block:
+      return block_backward(p, plan);
+    case CudaTier::cluster:
+      return cluster_backward(p, plan);
+    default:
+      return step_backward(p);
+  }
+}
+
+}  // namespace fusedseq

@@ -1,0 +1,98 @@
+// How a value that one rank computes in a step reaches the ranks that multiply it in the next.
+//
+// A channel has two buffers (Slices). The n-th publication goes from this rank's slice of buffer (n + 1) % 2 to the
+// same slice of that buffer everywhere. Two buffers are enough: whoever publishes n + 1 has seen publication n of all,
+// and none publishes n before it has read all of n - 1.
+#pragma once
+#include "cuda/product.cuh"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+constexpr uint64_t kPatience = 5000000000;  // nanoseconds that a rank waits for the others
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+// One CTA has all units: its own barrier is all there is.
+template <class E>
+struct BlockChannel {
+  static constexpr bool kCompiled = true;
+  Slices<E> slices;
+
+  template <class Arena>
+  FSQ_BOTH static BlockChannel carve(Arena& arena, int ranks, int rows, int width) {
+    BlockChannel c;
+    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    return c;
+  }
+  FSQ_DEVICE static int rank(const CudaPlan&) { return 0; }
+  // Between what every thread does to prepare the block's memory and the first step.
+  FSQ_DEVICE void begin(int) { __syncthreads(); }
+  FSQ_DEVICE void publish(int, int) { __syncthreads(); }
+  // False, to all lanes of a warp, if the others did not answer: then there is nothing to be read.
+  FSQ_DEVICE bool wait(int) { return true; }
+  FSQ_DEVICE void end() {}
+};
+
+// A cluster: the slice goes by one bulk copy to each peer's shared memory. The sender arrives at the peer's mbarrier as
+// well, announcing the bytes, since the arrival publishes what the sender's CTA has done before (that it has read the
+// buffer which the peer will write next), and the completion of a copy does not. sm_90
+template <class E>
+struct ClusterChannel {
+  static constexpr bool kCompiled = kHasClusters;  // on older GPUs nobody calls its kernels
+  Slices<E> slices;
+  SharedSpan<uint64_t> full;  // [2]
+
+  template <class Arena>
+  FSQ_BOTH static ClusterChannel carve(Arena& arena, int ranks, int rows, int width) {
+    ClusterChannel c;
+    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    c.full = arena.template take<uint64_t>(2);
+    return c;
+  }
+  FSQ_DEVICE static int rank(const CudaPlan&) { return int(ptx::cluster_rank()); }
+  FSQ_DEVICE void begin(int) {
+    if (threadIdx.x == 0) {
+      for (int which : {0, 1}) ptx::mbarrier_init(full.address(which), uint32_t(slices.ranks - 1));
+      ptx::fence_mbarrier_init();
+    }
+    ptx::fence_proxy_async();  // the buffers have been cleared
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+  FSQ_DEVICE void publish(int rank, int n) {
+    ptx::fence_proxy_async();  // each thread for what it wrote
+    __syncthreads();
+    const int peer = int(threadIdx.x), which = (n + 1) % 2;
+    if (peer < slices.ranks && peer != rank) {
+      const uint32_t mine = slices.data.address(slices.at(which, rank));
+      const uint32_t barrier = ptx::mapa(full.address(which), uint32_t(peer));
+      const uint32_t bytes = uint32_t(slices.slice() * int(sizeof(E)));
+      ptx::mbarrier_arrive_expect_tx_remote(barrier, bytes);
+      ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes, barrier);
+    }
+  }
+  FSQ_DEVICE bool wait(int n) {
+    const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
+    uint64_t since = 0;
+    bool late = false;
+    while (!late && !ptx::mbarrier_try_wait_cluster(barrier, parity)) {
+      const uint64_t now = ptx::globaltimer();
+      if (!since) since = now;
+      late = now - since > kPatience;
+    }
+    return !__any_sync(0xffffffffu, late);
+  }
+  // No CTA may leave while a peer still writes to it.
+  FSQ_DEVICE void end() {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+};
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

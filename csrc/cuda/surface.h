@@ -1,0 +1,25 @@
+// What the CUDA backend offers to its Python module; no CUDA header needed. Errors are text, empty where all is well.
+#pragma once
+#include <string>
+
+#include "fusedseq.h"
+
+namespace fusedseq {
+
+struct CudaDevice {
+  int capability;  // 80, 90
+  int sm_count;
+  int shared_per_block;  // bytes that a CTA may have
+  int max_cluster;       // CTAs
+};
+
+// The current device.
+std::string cuda_device(CudaDevice& device);
+// How this device would run the scan. `tier` below 0 chooses the fastest tier that takes it, else it must be that one.
+std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, CudaPlan& plan);
+std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
+std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
+// into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
+std::string cuda_previous(const CudaScanParams& p, const Rows& into);
+
+}  // namespace fusedseq

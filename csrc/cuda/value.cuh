@@ -1,0 +1,67 @@
+// float and double as value types of the cell math on a GPU, and how stored elements become them.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math.h>
+
+#include "cells/value.h"
+#include "cuda/span.cuh"
+#include "fusedseq.h"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+FSQ_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+FSQ_DEVICE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+FSQ_DEVICE float round_even(float a) { return ::rintf(a); }
+FSQ_DEVICE double round_even(double a) { return ::rint(a); }
+// NaN goes through: a converted NaN is 0, but what the power is multiplied with is NaN then.
+FSQ_DEVICE float pow2(float n) { return ::ldexpf(1.0f, int(n)); }
+FSQ_DEVICE double pow2(double n) { return ::ldexp(1.0, int(n)); }
+FSQ_DEVICE float scale2(float a, float n) { return ::ldexpf(a, int(n)); }
+FSQ_DEVICE double scale2(double a, double n) { return ::ldexp(a, int(n)); }
+FSQ_DEVICE float negative_abs(float a) { return -::fabsf(a); }
+FSQ_DEVICE double negative_abs(double a) { return -::fabs(a); }
+FSQ_DEVICE float at_least(float low, float a) { return low > a ? low : a; }
+FSQ_DEVICE double at_least(double low, double a) { return low > a ? low : a; }
+FSQ_DEVICE float with_sign(float a, float b) { return ::copysignf(a, b); }
+FSQ_DEVICE double with_sign(double a, double b) { return ::copysign(a, b); }
+FSQ_DEVICE float reciprocal(float a) { return 1.0f / a; }
+FSQ_DEVICE double reciprocal(double a) { return 1.0 / a; }
+template <class S>
+FSQ_DEVICE S quotient(S a, S d, S l) {
+  const S y = reciprocal(d), r = a * y;
+  return fma(fma(-r, l, fma(-r, d, a)), y, r);
+}
+
+template <class E>
+struct ComputeOf {
+  typedef float type;
+};
+template <>
+struct ComputeOf<double> {
+  typedef double type;
+};
+template <class E>
+using Compute = typename ComputeOf<E>::type;
+
+FSQ_DEVICE float widen(float x) { return x; }
+FSQ_DEVICE double widen(double x) { return x; }
+FSQ_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+FSQ_DEVICE float widen(__half x) { return __half2float(x); }
+
+template <class E>
+FSQ_DEVICE E narrow(Compute<E> x) {
+  return E(x);
+}
+template <>
+FSQ_DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+FSQ_DEVICE __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

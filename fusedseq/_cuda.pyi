@@ -1,0 +1,27 @@
+"""Fused sequence kernels for NVIDIA GPUs. Addresses, sizes and strides by name; fusedseq.backends.cuda is the caller.
+
+Names that a dict does not hold are null. Tensors with rows are (address, time stride, batch stride) in elements.
+"""
+
+from typing import Any
+
+architectures: str  # what the kernels were compiled for, such as "80 90a"
+tiers: tuple[str, ...]
+
+class Plan:
+    """How the current device runs a scan."""
+
+    tier: int
+    ranks: int
+    rows: int
+    units: int
+    warps: int
+    shared: int
+    workspace: int
+    stuck: int
+
+def device() -> tuple[int, int, int, int]: ...  # 10 x compute capability, SMs, shared bytes of a CTA, CTAs of a cluster
+def plan(cell: int, dtype: int, sizes: tuple[int, ...], projected: bool, backward: bool, tier: int) -> Plan: ...
+def scan_forward(plan: Plan, cell: int, dtype: int, sizes: tuple[int, ...], named: dict[str, Any]) -> None: ...
+def scan_backward(plan: Plan, cell: int, dtype: int, sizes: tuple[int, ...], named: dict[str, Any]) -> None: ...
+def previous(cell: int, dtype: int, sizes: tuple[int, ...], named: dict[str, Any]) -> None: ...

@@ -1,0 +1,48 @@
+"""How the tensors of a scan become what a compiled core takes: numbers, addresses, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def rows(x: Tensor | None, packed: bool, batch_first: bool) -> tuple[int, int, int] | None:
+    """Address, time stride, batch stride of a tensor whose last dimension is dense (or, for a mask, absent)."""
+    if x is None:
+        return None
+    stride = x.stride()
+    if packed:
+        return x.data_ptr(), 0, stride[0]
+    return (x.data_ptr(), stride[1], stride[0]) if batch_first else (x.data_ptr(), stride[0], stride[1])
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x with a dense last dimension; anything may be broadcast or strided before it."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def dense(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w if w.is_contiguous() else w.contiguous() for w in weights]
+
+
+def sizes(
+    cell: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], directions: int, batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[int, int, int, int, int, int]:  # fmt: skip
+    """T, B, I, H, R, D."""
+    hidden, state = weights[1].shape[0] // GATES[cell], weights[1].shape[1]
+    if batch_sizes is not None:
+        batch = h0.shape[1] if h0 is not None else int(batch_sizes[0]) if len(batch_sizes) else 0
+        return len(batch_sizes), batch, x.shape[1], hidden, state, directions
+    steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    return steps, batch, x.shape[2], hidden, state, directions

@@ -1,0 +1,219 @@
+"""The CUDA kernels against the float64 truth, run by the emulator: every tier, cell and dtype, under several seeds.
+
+The emulated device's settings decide which tier a call takes, or FUSEDSEQ_CUDA_TIER's setting names one. On a machine
+with a GPU tests/test_parity.py runs the same cases on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_emulated
+import pytest
+import torch
+
+import fusedseq
+from fusedseq import config, registry
+from fusedseq.backends import cuda, cuda_scan
+from fusedseq.ops import scan
+from fusedseq.testing import DTYPES, Case, baseline, check, evaluate
+from fusedseq.testing.cases import CELLS, compact_cases, short
+
+HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
+# Sizes that need several ranks of a cluster, and rows that need several tiles.
+CLUSTERED = """
+T7B3I5H33-bi-packed
+T4B7I3H17-bi-bf-lengths0-resets
+T3B8I16H64-cells-nostate
+T5B13I2H31-nobias-resets-permuted
+T9B5I1H19-packed-resets-cells-nobias
+T3B19I3H37-bi-lengths-resets-cells
+"""
+
+
+@pytest.fixture(autouse=True)
+def _emulator() -> Iterator[None]:
+    with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"):
+        yield
+
+
+@pytest.fixture
+def tier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def force(name: str) -> None:
+        monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_tier=name))
+
+    return force
+
+
+def planned(case: Case, dtype: torch.dtype, backward: bool = False) -> Any:
+    x = torch.empty(0, dtype=dtype)
+    sizes = (case.T, case.B, case.H, case.R, case.D)
+    return cuda_scan.plan(cuda_emulated.module(), x, case.cell, sizes, case.proj > 0, backward)
+
+
+def run(case: Case, dtype: torch.dtype, seed: int, **device: int) -> None:
+    with cuda_emulated.device(seed, **device), registry.record() as choices:
+        check(scan, case, dtype)
+    assert {choice.backend for choice in choices} == {"cuda"}
+
+
+def rows(texts: str, dtypes: list[torch.dtype]) -> list[Any]:
+    found = [(Case.parse(cell, text), dtype) for cell in CELLS for dtype in dtypes for text in texts.split()]
+    return [pytest.param(case, dtype, id=case.id(dtype)) for case, dtype in dict.fromkeys(found)]
+
+
+COMPACT = [
+    pytest.param(case, dtype, id=case.id(dtype))
+    for cell in CELLS
+    for dtype in DTYPES.values()
+    for case in compact_cases(cell)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMPACT)
+def test_step(case: Case, dtype: torch.dtype, tier: Any) -> None:
+    tier("step")
+    run(case, dtype, seed=1)
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMPACT)
+def test_the_tier_that_a_large_device_chooses(case: Case, dtype: torch.dtype) -> None:
+    fits = dtype != torch.float64 and not case.proj
+    with cuda_emulated.device():
+        if case.T and case.B:
+            assert cuda_emulated.module().tiers[planned(case, dtype).tier] == ("block" if fits else "step")
+    if fits:  # if not, this is test_step's
+        run(case, dtype, seed=2)
+
+
+@pytest.mark.parametrize(("case", "dtype"), rows(CLUSTERED, HALF_AND_SINGLE))
+def test_cluster(case: Case, dtype: torch.dtype, tier: Any) -> None:
+    tier("cluster")
+    with cuda_emulated.device():
+        assert planned(case, dtype).ranks > 1
+    run(case, dtype, seed=3)
+
+
+@pytest.mark.parametrize("seed", range(4, 8))
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", ["block", "cluster"])
+def test_any_order_of_threads_gives_the_same_bits(name: str, cell: str, seed: int, tier: Any) -> None:
+    tier(name)
+    case = Case.parse(cell, "T4B9I3H40-bi-lengths0-resets")
+    inputs = baseline(case, torch.bfloat16).inputs
+    with cuda_emulated.device(0):
+        first = evaluate(scan, inputs)
+    with cuda_emulated.device(seed):
+        again = evaluate(scan, inputs)
+    for key, t in first.items():
+        assert torch.equal(t, again[key]), f"{key} depends on the order in which threads run"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ranks", [2, 8, 16])
+def test_clusters_of_every_size(ranks: int, cell: str, tier: Any) -> None:
+    tier("cluster")
+    case = Case.parse(cell, f"T3B5I2H{16 * ranks - 3}-resets")
+    # Sized so that fewer ranks would not hold the weights or, where all fit, the largest cluster is this.
+    with cuda_emulated.device(cluster=ranks, sms=16):
+        assert 2 <= planned(case, torch.bfloat16).ranks <= ranks
+    run(case, torch.bfloat16, seed=ranks, cluster=ranks, sms=16)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recompute_gives_the_same_gradients(cell: str) -> None:
+    case = Case.parse(cell, "T6B5I4H19-bi-lengths0-resets-cells")
+    inputs = baseline(case, torch.float32).inputs
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return scan(*args, recompute=True, **kwargs)
+
+    with cuda_emulated.device():
+        kept, formed = evaluate(scan, inputs), evaluate(again, inputs)
+    for key, t in kept.items():
+        assert torch.equal(t, formed[key]), key
+
+
+@pytest.mark.parametrize("name", ["step", "block", "cluster"])
+def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
+    tier(name)
+    case = Case.parse("gru", "T4B17I3H33-bi")
+    inputs = baseline(case, torch.bfloat16).inputs
+    with cuda_emulated.device(), torch.no_grad():
+        y = scan("gru", inputs.x, inputs.h0, None, inputs.weights, bidirectional=True)[0]
+        for b in (0, 16):
+            one = scan("gru", inputs.x[:, b : b + 1], inputs.h0[:, b : b + 1], None, inputs.weights, bidirectional=True)
+            assert torch.equal(y[:, b : b + 1], one[0]), b
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_that_falls_silent_is_an_error(backward: bool, tier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier("cluster")
+    case = Case.parse("lstm", "T4B3I3H40")
+    honest = cuda_scan.plan
+
+    def stuck(*args: Any) -> Any:
+        chosen = honest(*args)
+        if args[-1] == backward:
+            chosen.stuck = 1
+        return chosen
+
+    monkeypatch.setattr(cuda_scan, "plan", stuck)
+    kernel = "cluster_backward" if backward else "cluster_forward"
+    with cuda_emulated.device(), pytest.raises(RuntimeError, match=rf"{kernel} \(lstm float32 T=4 B=3 H=40 .*trap"):
+        evaluate(scan, baseline(case, torch.float32).inputs)
+    with pytest.raises(cuda_scan.Fault, match="waited in vain"):
+        cuda_scan.check_fault(torch.device("cpu"))
+    # The next call is served as if nothing had happened.
+    monkeypatch.setattr(cuda_scan, "plan", honest)
+    run(case, torch.float32, seed=0)
+
+
+def test_a_named_tier_takes_the_call_or_says_why_not(tier: Any) -> None:
+    case = Case.parse("lstm", "T2B2I2H400")
+    x = baseline(Case.parse("lstm", "T2B2I2H4"), torch.float64).inputs
+    tier("block")
+    with cuda_emulated.device():
+        with pytest.raises(RuntimeError, match=r"tier block refuses lstm float64 .*H=4.*float64"):
+            evaluate(scan, x)
+        with pytest.raises(RuntimeError, match=r"tier block refuses .*do not fit into shared memory"):
+            planned(case, torch.bfloat16)
+    tier("cluster")
+    ampere = cuda_emulated.device(capability=80, cluster=1)
+    with ampere, pytest.raises(RuntimeError, match="the device has no clusters"):
+        planned(case, torch.bfloat16)
+
+
+def test_the_device_decides_the_tier() -> None:
+    case = Case.parse("lstm", "T2B16I2H128")
+    tiers = cuda_emulated.module().tiers
+    for settings, expected in (
+        ({}, "block"),
+        ({"shared": 100 * 1024}, "cluster"),
+        ({"shared": 100 * 1024, "cluster": 1, "capability": 80}, "step"),
+    ):
+        with cuda_emulated.device(**settings):
+            assert tiers[planned(case, torch.bfloat16).tier] == expected, settings
+
+
+def test_it_takes_cpu_tensors_only_while_emulated() -> None:
+    x = torch.zeros(2, 3, 4)
+    weights = [torch.zeros(12, 4), torch.zeros(12, 4)]
+    with cuda_emulated.device():
+        scan("gru", x, None, None, weights)
+    before = cuda._emulator
+    cuda._emulator = None
+    registry.forget()
+    try:
+        with pytest.raises(registry.BackendError, match="'cuda' was asked for by name but"):
+            scan("gru", x, None, None, weights)
+    finally:
+        cuda._emulator = before
+
+
+def test_every_kind_of_call_ran() -> None:
+    """All cells and dtypes stand in the lists above."""
+    seen = {(param.values[0].cell, short(param.values[1])) for param in COMPACT}
+    assert seen == {(cell, name) for cell in CELLS for name in DTYPES}

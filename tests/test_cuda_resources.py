@@ -1,0 +1,127 @@
+"""What nvcc made of the GPU kernels: registers, stack (where spills go) and tensor-core instructions, against a budget.
+
+`make cuda` compiles them and runs this; elsewhere it is skipped. Where a change is meant to move the numbers:
+`python tests/test_cuda_resources.py` writes tests/data/cuda_resources.json anew, for the diff to be looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = Path(__file__).parent / "data" / "cuda_resources.json"
+ARCHS = ("sm_80", "sm_90a")
+REGISTERS = 168  # 12 warps a CTA on 65536 registers
+CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
+Usage = dict[str, dict[str, list[int]]]  # arch -> kernel -> [registers, bytes of stack]
+
+
+def objects() -> list[Path]:
+    found = sorted((ROOT / "build").glob("cuda-*/*.o"))
+    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cuh")]
+    names = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    fresh = {path.stem for path in found} >= names and all(
+        path.stat().st_mtime <= max(one.stat().st_mtime for one in found) for path in sources
+    )
+    if not fresh:
+        if os.environ.get("FUSEDSEQ_CUDA") == "1":
+            pytest.fail("build/cuda-* does not hold what the sources say: the build went wrong")
+        pytest.skip("the GPU kernels are not compiled, or no longer current: `make cuda` does both")
+    return [path for path in found if path.stem in names]
+
+
+def disassembler() -> str:
+    """cuobjdump, from the toolkit or from Triton's package."""
+    triton = importlib.util.find_spec("triton")
+    homes = (triton.submodule_search_locations or ()) if triton else ()
+    for place in (None, *(f"{home}/backends/nvidia/bin" for home in homes), "/usr/local/cuda/bin"):
+        found = shutil.which("cuobjdump", path=place)
+        if found:
+            return found
+    pytest.skip("there is no cuobjdump")
+
+
+def dump(*arguments: str) -> str:
+    done = subprocess.run([disassembler(), *arguments], capture_output=True, text=True, check=True)
+    return subprocess.run(["c++filt"], input=done.stdout, capture_output=True, text=True, check=True).stdout
+
+
+def plain(function: str) -> str:
+    """`persistent_forward lstm bfloat16 BlockChannel` of a demangled kernel."""
+    found = re.search(r"(\w+)(?:<(.*?)>)?\((?:fusedseq|Cuda|\))", function)
+    assert found is not None, function
+    words = re.sub(r"\(fusedseq::Cell\)(\d)", lambda m: CELLS[int(m[1])], found[2] or "")
+    words = re.sub(r"fusedseq::device::|__nv_|,", " ", words).replace("__half", "float16")
+    return " ".join([found[1], *words.split()])
+
+
+@functools.cache
+def measured() -> Usage:
+    usage: Usage = {arch: {} for arch in ARCHS}
+    for path in objects():
+        arch = ""
+        text = dump("--dump-resource-usage", str(path))
+        for line in re.findall(r"arch = (\w+)|Function (.*):\s*\n\s*REG:(\d+) STACK:(\d+)", text):
+            if line[0]:
+                arch = line[0]
+            else:
+                usage[arch][plain(line[1])] = [int(line[2]), int(line[3])]
+    return {arch: dict(sorted(kernels.items())) for arch, kernels in usage.items()}
+
+
+def test_every_kernel_has_a_budget_and_keeps_it() -> None:
+    budget = json.loads(BUDGET.read_text())
+    usage = measured()
+    for arch in ARCHS:
+        assert usage[arch].keys() == budget[arch].keys(), "kernels came or went: python tests/test_cuda_resources.py"
+        over = {
+            name: f"{used} of {budget[arch][name]}"
+            for name, used in usage[arch].items()
+            if any(now > most for now, most in zip(used, budget[arch][name], strict=True))
+        }
+        assert not over, f"{arch}: registers and stack beyond the budget: {over}"
+
+
+def test_no_persistent_kernel_of_half_types_spills_on_hopper() -> None:
+    kernels = {name: used for name, used in measured()["sm_90a"].items() if name.startswith("persistent")}
+    assert len(kernels) == 2 * 2 * 3 * len(CELLS)
+    for name, (registers, stack) in kernels.items():
+        assert registers <= REGISTERS, f"{name}: {registers} registers"
+        assert stack == 0 or "float16" not in name, f"{name}: {stack} bytes of stack"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_half_types_are_multiplied_by_tensor_cores(arch: str) -> None:
+    tiers = {"block": "BlockChannel"} | ({"cluster": "ClusterChannel"} if arch != "sm_80" else {})
+    for path in objects():
+        if path.stem not in tiers:
+            continue
+        seen = 0
+        for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
+            name = plain(function.split("\n", 1)[0])
+            half = "float16" in name
+            assert ("HMMA" in function) == half, f"{name}: tensor-core instructions, or none where they belong"
+            seen += half
+        assert seen == 2 * 2 * len(CELLS), path
+
+
+def main() -> None:
+    BUDGET.parent.mkdir(exist_ok=True)
+    lines = []
+    for arch, kernels in measured().items():
+        rows = ",\n".join(f'    "{name}": {used}' for name, used in kernels.items())
+        lines.append(f'  "{arch}": {{\n{rows}\n  }}')
+    BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
