@@ -33,7 +33,10 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 class Variant(NamedTuple):
-    """A kernel with all that settles its code. Of the arguments, what is no type (`"*bf16"`, `"i32"`) is a constant."""
+    """A kernel with all that settles its code. Of the arguments, what is no type is a constant.
+
+    Types are written `"*bf16"`, `"i32"`, and `"i32:16"` for a multiple of 16.
+    """
 
     name: str
     kernel: Any
@@ -41,6 +44,7 @@ class Variant(NamedTuple):
     dots: bool  # whether tensor cores must show in its code
     warps: int = 4
     stages: int = 3
+    registers: int | None = None  # `maxnreg`
     everywhere: bool = True  # else `--part` compiles it for the newest architecture only
 
 
@@ -61,17 +65,17 @@ def _source(variant: Variant) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(variant.kernel.params):
         value = variant.arguments[parameter.name]
-        runtime = not parameter.is_constexpr and isinstance(value, str)
-        signature[parameter.name] = value if runtime else "constexpr"
-        if not runtime:
-            constants[parameter.name] = value
-        elif value.startswith("*"):
+        if parameter.is_constexpr or not isinstance(value, str):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = value.removesuffix(":16")
+        if value.startswith("*") or value.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constants, attributes)
 
 
 def build(variant: Variant, capability: int) -> Resources:
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": variant.registers}
     kernel = triton.compile(_source(variant), target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
