@@ -48,7 +48,7 @@ _HALF = {
     (8, "dq", 64): (Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     (8, "dq", 128): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (8, "dq", 256): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
+    (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
     (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
@@ -65,7 +65,10 @@ _SINGLE = {
     ("dkv", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
 }
 # dbias keeps its sum of logits' gradients beside all else.
-_BIAS = {64: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 64, 8, 1)}
+_BIAS = {
+    (9, 64): Tile(64, 64, 8, 1), (9, 128): Tile(64, 64, 8, 1), (9, 256): Tile(16, 64, 8, 1),
+    (8, 64): Tile(32, 64, 8, 1), (8, 128): Tile(32, 64, 8, 1), (8, 256): Tile(16, 64, 8, 1),
+}  # fmt: skip
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> Tile:
@@ -75,13 +78,14 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
     if INTERPRETING:
         return INTERPRETED[kernel]
     width = max(width, 64)
+    generation = 9 if capability[0] in (9, 10) else 8
     if dtype == torch.float32:
         kernel = "dq" if kernel == "dbias" else kernel
         chosen = _SINGLE[kernel, width][heavy]
     elif kernel == "dbias":
-        chosen = _BIAS[width]
+        chosen = _BIAS[generation, width]
     else:
-        chosen = _HALF[9 if capability[0] in (9, 10) else 8, kernel, width][heavy]
+        chosen = _HALF[generation, kernel, width][heavy]
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
         return Tile(16, min(64, chosen.BN), 4, chosen.stages)
     return chosen
