@@ -44,6 +44,7 @@ class Variant(NamedTuple):
     dots: bool  # whether tensor cores must show in its code
     warps: int = 4
     stages: int = 3
+    registers: int | None = None  # `maxnreg`
     everywhere: bool = True  # else `--part` compiles it for the newest architecture only
     capabilities: tuple[int, ...] = CAPABILITIES  # where tiles differ, each has a variant of the same name
 
@@ -75,7 +76,7 @@ def _source(variant: Variant) -> ASTSource:
 
 
 def build(variant: Variant, capability: int) -> Resources:
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": variant.registers}
     kernel = triton.compile(_source(variant), target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""

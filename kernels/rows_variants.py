@@ -24,19 +24,19 @@ def variants() -> Iterator[Variant]:
 
 def _whole() -> Iterator[Variant]:
     t, sizes = "*bf16", {"rows": "i32", "d": "i32", "limit": "i64", "scale": "fp32", "eps": "fp32", "tiles": "i32"}
-    for width in (1024, 16384):
+    for width, d in ((1024, "i32"), (2048, "i32"), (4096, "i32:16")):
         given = {
-            **sizes, "x": t, "residual": t, "weight": t, "bias": t, "seed": "*i64", "out": t, "total": t, "dout": t,
-            "dtotal": t, "dx": t, "dresidual": t, "dweight": "*fp32", "dbias": "*fp32", "BM": max(1, 4096 // width),
-            "BN": width,
+            **sizes, "d": d, "x": t, "residual": t, "weight": t, "bias": t, "seed": "*i64", "out": t, "total": t,
+            "dout": t, "dtotal": t, "dx": t, "dresidual": t, "dweight": "*fp32", "dbias": "*fp32",
+            "BM": max(1, 2048 // width), "BN": width,
         }  # fmt: skip
         for kernel in (layer_norm.forward, layer_norm.backward):
-            warps = 4 if width <= 4096 else 8
+            warps = max(4, min(32, width // 256))
             yield Variant(f"layer_norm-{width}-bf16-{kernel.__name__}", kernel, given, dots=False, warps=warps)
     for name in ("relu", "gelu", "gelu_tanh", "silu"):
         given = {
             **sizes, "x": t, "bias": t, "residual": t, "seed": "*i64", "out": t, "dout": t, "dx": t, "dbias": "*fp32",
-            "NAME": name, "BM": 8, "BN": 512,
+            "NAME": name, "BM": 4, "BN": 512,
         }  # fmt: skip
         for kernel in (bias_activation.forward, bias_activation.backward):
             yield Variant(f"bias_activation-{name}-bf16-{kernel.__name__}", kernel, given, dots=False)

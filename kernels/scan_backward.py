@@ -129,7 +129,7 @@ def _tile(w, gate, H, units, in_units, DOT: tl.constexpr):
     return tl.load(at, mask=in_units[None, :] & in_units[:, None], other=0.0).to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def resident_backward(
     w0, w1,  # [G H, H] of each direction
     reserve,  # [D, N, S] float32, or None (RNN)
@@ -298,7 +298,7 @@ def _units_backward(
         tl.store(dc + at, before, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def streamed_backward(
     w0, w1,  # [G H, R] of each direction
     p_0, p_1,  # [R, H] or None: W_hr
@@ -334,7 +334,7 @@ def streamed_backward(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["s"])
+@triton.jit(do_not_specialize=["s", "T"])
 def step_backward(
     s,  # the step, from T - 1 down to -1
     w0, w1, p_0, p_1, reserve, y, hp, c0, dy, dc_all, dh, dc, carry, dhr, dg, lengths, starts, resets,  # as above

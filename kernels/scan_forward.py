@@ -169,7 +169,7 @@ def weight_tile(w, gate, H, units, in_units, DOT: tl.constexpr):
     return tl.load(at, mask=in_units[None, :] & in_units[:, None], other=0.0).to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def resident_forward(
     gx,  # [D, N, G H] float32
     w0, w1,  # [G H, H] of each direction
@@ -348,7 +348,7 @@ def _units_forward(
         tl.store(y + out, h_new.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def streamed_forward(
     gx,  # [D, N, G H] float32
     w0, w1,  # [G H, R] of each direction
@@ -385,7 +385,7 @@ def streamed_forward(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["s"])
+@triton.jit(do_not_specialize=["s", "T"])
 def step_forward(
     s,  # the step, counted in the order in which they are walked
     gx, w0, w1, biases, p_0, p_1, h, c, mid, y, c_all, reserve, lengths, starts, resets,  # as above

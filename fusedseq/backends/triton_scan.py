@@ -27,7 +27,7 @@ _GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu":
 # Columns of the gate gradients for each unit.
 _GRADS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # A recurrent product of one gate and tile takes the interpreter some ten milliseconds; more of them would take minutes.
-INTERPRETED_PRODUCTS = 1300
+INTERPRETED_PRODUCTS = 700
 # Half types in, float32 out, as one call: from torch 2.8 on, for CUDA.
 _MM_WIDENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
@@ -107,6 +107,7 @@ def _biases(cell: str, table: list[_Weights]) -> Tensor | None:  # [D, Q H] floa
 def _constants(p: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "BM": p.BM, "BN": p.BN, "DOT": dot_type(dtype), "PRECISION": dot_precision(dtype), "num_warps": p.warps,
+        "maxnreg": p.registers,
     }  # fmt: skip
 
 
