@@ -120,6 +120,22 @@ def _memory() -> Iterator[Case]:
             yield AttentionCase("attention", "training", 1, 4, 2**n, 64, dropout=dropout)
 
 
+def _gpu() -> Iterator[Case]:
+    """16384 tokens of 2048 features, as FlashAttention's figures have it: 32 heads of 64, or 16 of 128."""
+    for causal in (False, True):
+        for L in (512, 2048, 16384):
+            sizes = ((16384 // L, 2048 // E, L, E) for E in (64, 128))
+            yield from _both(*_sizes(*sizes, causal=causal))
+
+
+def _gpu_more() -> Iterator[Case]:
+    long, short = (2, 16, 8192, 128), (4, 16, 2048, 128)
+    yield from _both(*_sizes(long, causal=True, window=512), *_sizes(long, causal=True, K=2))
+    yield from _both(*_sizes(short, causal=True, dropout=0.1))
+    for S in (4096, 65536):
+        yield AttentionCase("attention", "inference", 8, 32, 1, 128, S=S, K=4)
+
+
 def quick() -> Iterator[Case]:
     yield AttentionCase("attention", "inference", 1, 8, 2048, 64)
     yield AttentionCase("attention", "training", 2, 8, 256, 64, causal=True)
@@ -145,6 +161,8 @@ SETS: dict[str, Set] = {
     ),
     "attention-bf16": Set("bfloat16, E >= 32", _bfloat16, dtype="bfloat16", goal=Goal(1.5, 1.5)),
     "attention-decode": Set("decode: L = 1, S = 512, 4096, GQA 8:1", _decode, goal=Goal(1.5)),
+    "attention-gpu": Set("full and causal, E = 64, 128, L = 512 to 16384, for a GPU", _gpu, dtype="bfloat16"),
+    "attention-gpu-more": Set("window, grouped heads, dropout, decoding, for a GPU", _gpu_more, dtype="bfloat16"),
     "attention-memory": Set("peak memory over L, for `fusedseq bench memory`", _memory),
     "scaling-L": Set("growth of attention over L", _growth),
 }

@@ -138,16 +138,47 @@ def _fastest(work: AttentionWork, forms: Callable[[float], Mapping[str, Function
     made = forms(case.dropout)
     name = next(iter(made))
     if len(made) > 1 and not work.untried:
-        seconds = {one: _trial(drive(work, form).call) for one, form in made.items()}
+        finish = torch.cuda.synchronize if case.device == "cuda" else None
+        seconds = {one: _trial(drive(work, form).call, finish) for one, form in made.items()}
         name = min(seconds, key=seconds.__getitem__)
     if not (case.dropout or stepwise):
         return drive(work, made[name])
     return drive(work, made[name], forms(0.0)[name], without_dropout(work, stepwise))
 
 
-def _trial(call: Callable[[], object]) -> float:
-    first = timed(call, 1)
-    return first if first > LONG else min(timed(call, 1) for _ in range(TRIALS))
+def _trial(call: Callable[[], object], finish: Callable[[], object] | None) -> float:
+    first = timed(call, 1, finish)
+    return first if first > LONG else min(timed(call, 1, finish) for _ in range(TRIALS))
+
+
+def sdpa_kernel(name: str) -> Callable[[AttentionWork], Runner | Refusal]:
+    """One of the kernels that torch.nn.functional.scaled_dot_product_attention chooses among on a GPU."""
+
+    def build(work: AttentionWork) -> Runner | Refusal:
+        case: AttentionCase = work.case
+        if case.device != "cuda":
+            return Refusal("torch has this kernel for GPUs only")
+        from torch.nn.attention import SDPBackend
+        from torch.nn.attention import sdpa_kernel as only
+
+        table = work.table() if case.window else None
+
+        def forms(dropout: float) -> dict[str, Function]:
+            def form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                grouped, causal = q.shape[1] != k.shape[1], case.causal and table is None
+                with only(getattr(SDPBackend, name)):
+                    return F.scaled_dot_product_attention(q, k, v, table, dropout, causal, enable_gqa=grouped)
+
+            return {name: form}
+
+        runner = _fastest(work, forms)
+        try:
+            runner.call()
+        except RuntimeError as error:
+            return Refusal(f"{name}: {str(error).splitlines()[0]}")
+        return runner
+
+    return build
 
 
 def flex(work: AttentionWork) -> Runner | Refusal:
@@ -185,4 +216,7 @@ BUILD: dict[str, Callable[[AttentionWork], Runner | Refusal]] = {
     "torch": torch_sdpa,
     "eager": eager,
     "flex": flex,
+    "flash": sdpa_kernel("FLASH_ATTENTION"),
+    "cudnn-attention": sdpa_kernel("CUDNN_ATTENTION"),
+    "efficient": sdpa_kernel("EFFICIENT_ATTENTION"),
 }

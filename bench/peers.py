@@ -27,6 +27,9 @@ PEERS: dict[str, Peer] = {
     "stepwise": Peer("a Python loop around torch.nn's cells"),
     # Compiling takes longer than all else, and not everyone can freeze: these must be asked for.
     "flex": Peer("torch.compile of FlexAttention; compiles for up to half a minute per case", default=False),
+    "flash": Peer("torch's FlashAttention kernel, on a GPU", default=False),
+    "cudnn-attention": Peer("cuDNN's attention in torch, on a GPU", default=False),
+    "efficient": Peer("torch's memory-efficient attention kernel, on a GPU", default=False),
     "compile": Peer("torch.compile of torch.nn; compiles for up to half a minute per case", default=False),
     "frozen": Peer("fusedseq with `freeze`", rival=False, default=False, companion=True),
     "padded": Peer("fusedseq on padded rows, beside a packed case", rival=False, companion=True),

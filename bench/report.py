@@ -61,10 +61,17 @@ class Lines:
         line += f"  packed/padded {packed:.2f}" if packed else ""
         frozen, rival = result.median("frozen"), result.median(best or "")
         line += f"  frozen {times(rival / frozen)}" if frozen and rival else ""
+        line += f"  {_rates(result)}" if result.case.device == "cuda" else ""
         line += f"  ran on {result.backend}" if result.backend not in ("cpu", "") else ""
         self.out.print(escape(line), soft_wrap=True)
         for peer, reason in result.wrong.items():
             self.out.print(f"[red]  WRONG {peer}, no speed:[/] {escape(reason)}", soft_wrap=True)
+
+
+def _rates(result: CaseResult) -> str:
+    """Operations of the products per second, of everyone who got a time."""
+    rates = ((name, result.median(name)) for name in result.peers)
+    return "TFLOP/s: " + ", ".join(f"{name} {result.operations / t / 1e12:.3g}" for name, t in rates if t)
 
 
 def _time(result: CaseResult, peer: str | None) -> str:

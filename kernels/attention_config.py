@@ -23,11 +23,14 @@ class Tile(NamedTuple):
 
 
 # Small, so that short tests have tiles of every kind; 64 keys, so that dropout takes its fast way.
-INTERPRETED = {"forward": Tile(32, 64, 4, 1), "dq": Tile(32, 64, 4, 1), "dkv": Tile(64, 64, 4, 1)}
+INTERPRETED = {
+    "forward": Tile(32, 64, 4, 1), "dq": Tile(32, 64, 4, 1), "dkv": Tile(64, 64, 4, 1), "dbias": Tile(32, 64, 4, 1),
+}  # fmt: skip
 # Rows of a pair up to which a smaller tile is filled better.
 FEW_ROWS = 16
-# A logit that is more than a product, or a probability more than its power of two, needs registers of its own.
-HEAVY = bits.ALTERED.value | bits.DENSE.value | bits.DROPOUT.value
+# A logit that is more than a product, a probability more than its power of two, keys that are picked: these need
+# registers of their own.
+HEAVY = bits.ALTERED.value | bits.DENSE.value | bits.DROPOUT.value | bits.GLOBAL.value
 _HALF = {
     # (capability, kernel, width): tiles of what is only masked by structure, and of what is not.
     (9, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
@@ -42,10 +45,10 @@ _HALF = {
     (8, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (8, "forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
     (8, "forward", 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (8, "dq", 64): (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, "dq", 64): (Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     (8, "dq", 128): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (8, "dq", 256): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
+    (8, "dkv", 64): (Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
     (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
@@ -61,20 +64,28 @@ _SINGLE = {
     ("dkv", 128): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     ("dkv", 256): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
 }
-_KIN = {"dbias": "dq", "far": "dkv"}  # whose tiles they take, those of what is not only masked
+# dbias keeps its sum of logits' gradients beside all else.
+_BIAS = {
+    (9, 64): Tile(64, 64, 8, 1), (9, 128): Tile(64, 64, 8, 1), (9, 256): Tile(16, 64, 8, 1),
+    (8, 64): Tile(32, 64, 8, 1), (8, 128): Tile(32, 64, 8, 1), (8, 256): Tile(16, 64, 8, 1),
+}  # fmt: skip
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> Tile:
     """The tile of a kernel ("forward", "dq", "dkv", "far", "dbias") for heads of this width. `rows` are a pair's."""
-    heavy = bool(features & HEAVY) or kernel in _KIN
-    kernel = _KIN.get(kernel, kernel)
+    heavy = bool(features & HEAVY) or kernel == "far"
+    kernel = "dkv" if kernel == "far" else kernel
     if INTERPRETING:
         return INTERPRETED[kernel]
     width = max(width, 64)
+    generation = 9 if capability[0] in (9, 10) else 8
     if dtype == torch.float32:
+        kernel = "dq" if kernel == "dbias" else kernel
         chosen = _SINGLE[kernel, width][heavy]
+    elif kernel == "dbias":
+        chosen = _BIAS[generation, width]
     else:
-        chosen = _HALF[9 if capability[0] in (9, 10) else 8, kernel, width][heavy]
+        chosen = _HALF[generation, kernel, width][heavy]
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
         return Tile(16, min(64, chosen.BN), 4, chosen.stages)
     return chosen

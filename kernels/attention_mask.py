@@ -118,14 +118,18 @@ def key_range(d_low, d_high, keys, left, right, lower, upper, BLOCK: tl.constexp
     that all of them see wholly: first, inner_first, inner_last, last."""
     first, last = lower, tl.minimum(keys, upper)
     inner_first, inner_last = first, last
+    seen = tl.full((), 0, tl.int32)
     if LEFT & FEATURES:
-        first = tl.maximum(tl.maximum(d_low - left, 0) // BLOCK * BLOCK, lower)
+        seen = tl.maximum(d_low - left, 0)
+        first = tl.maximum(seen // BLOCK * BLOCK, lower)
         inner_first = tl.maximum(tl.cdiv(tl.maximum(d_high - left, 0), BLOCK) * BLOCK, lower)
     if RIGHT & FEATURES:
         inner_last = tl.minimum(tl.maximum(d_low + right + 1, 0), last)
         last = tl.minimum(tl.maximum(d_high + right + 1, 0), last)
+    last = tl.where(seen < last, last, 0)
     inner_first = tl.minimum(inner_first, tl.cdiv(last, BLOCK) * BLOCK)
-    return first, inner_first, tl.maximum(inner_last // BLOCK * BLOCK, inner_first), last
+    inner_last = tl.minimum(inner_last, last) // BLOCK * BLOCK
+    return first, inner_first, tl.maximum(inner_last, inner_first), last
 
 
 @triton.jit
@@ -140,8 +144,8 @@ def row_range(j_low, j_high, queries, diagonal, left, right, G, BLOCK: tl.conste
     if LEFT & FEATURES:
         last = tl.minimum(tl.maximum(j_high + left - diagonal + 1, 0), queries)
         inner_last = tl.minimum(tl.maximum(j_low + left - diagonal + 1, 0), queries)
-    first, last = first * G // BLOCK * BLOCK, last * G
-    inner_first, inner_last = tl.cdiv(inner_first * G, BLOCK) * BLOCK, inner_last * G // BLOCK * BLOCK
+    first, last = first * G // BLOCK * BLOCK, tl.where(first < last, last, 0) * G
+    inner_first, inner_last = tl.cdiv(inner_first * G, BLOCK) * BLOCK, tl.minimum(inner_last * G, last) // BLOCK * BLOCK
     inner_first = tl.minimum(inner_first, tl.cdiv(last, BLOCK) * BLOCK)
     return first, inner_first, tl.maximum(inner_last, inner_first), last
 

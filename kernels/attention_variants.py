@@ -94,7 +94,8 @@ def _variant(
     if kernel == "far" or (kernel == "dkv" and features & bits.GLOBAL.value):
         arguments["dk"] = arguments["dv"] = "*fp32"
     name = f"attention-{kernel}-{width}-{'f32' if single else 'bf16'}-{what}"
-    return Variant(name, function, arguments, not single, chosen.warps, chosen.stages, everywhere, (capability,))
+    shape = {"warps": chosen.warps, "stages": chosen.stages}
+    return Variant(name, function, arguments, not single, **shape, everywhere=everywhere, capabilities=(capability,))
 
 
 def variants() -> Iterator[Variant]:
@@ -147,4 +148,4 @@ def _rows(width: int, size: Any) -> Iterator[Variant]:
         arguments = {one: given[one] if one in given else _argument(one, torch.bfloat16, features, size)
                      for one in function.arg_names}  # fmt: skip
         what = f"attention-{name}-{width}-bf16" + ("" if size is None else "-ones")
-        yield Variant(what, function, arguments, False, 1 if name == "merge" else 4, 3, False)
+        yield Variant(what, function, arguments, False, 1 if name == "merge" else 4, everywhere=False)

@@ -15,7 +15,7 @@ from test_bench import _as_users_run_it, _ceilings_are_not_what_is_tested, made_
 from torch import Tensor
 
 import fusedseq
-from fusedseq.bench import attention_peers, attention_work, goals, memory, results, run, table, transformer_work
+from fusedseq.bench import attention_peers, attention_work, goals, memory, report, results, run, table, transformer_work
 from fusedseq.bench.attention_cases import AttentionCase
 from fusedseq.bench.case import Case
 from fusedseq.bench.cases import GROUPS, SETS, select
@@ -90,7 +90,7 @@ def test_every_form_of_a_peer_is_right(case: AttentionCase, monkeypatch: pytest.
 def test_the_fastest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = attention_peers.TRIALS
     seconds = iter([0.2, *[0.2] * trials, 5.0, 0.2, *[0.1] * trials])
-    monkeypatch.setattr(attention_peers, "timed", lambda call, number: next(seconds))
+    monkeypatch.setattr(attention_peers, "timed", lambda call, number, finish: next(seconds))
     called: list[str] = []
 
     def form(name: str) -> Callable[..., Tensor]:
@@ -333,3 +333,17 @@ def test_the_table_has_a_transformer() -> None:
     assert isinstance(layer, fusedseq.TransformerEncoderLayer)
     training.outcome()
     assert (layer.dropout.p, layer.self_attn.dropout) == (table.DROPOUT, table.DROPOUT)
+
+
+def test_kernels_of_a_gpu_are_peers_there_only() -> None:
+    work = small(SMALL[0])
+    for name in ("flash", "cudnn-attention", "efficient"):
+        built = build(name, work)
+        assert isinstance(built, Refusal) and "GPUs only" in built.reason
+
+
+def test_rates_are_told_for_gpus() -> None:
+    case = next(iter(SETS["attention-gpu"].make())).but(dtype="bfloat16", device="cuda")
+    peers = {"fusedseq": results.PeerResult.of(summary([1e-3, 1e-3]), 0.0), "flash": results.PeerResult("refused")}
+    found = results.CaseResult(case, ["attention-gpu"], 1, peers, "triton", case.operations(), 1, 0.0, ["flash"])
+    assert report._rates(found) == f"TFLOP/s: fusedseq {case.operations() / 1e9:.3g}"

@@ -224,3 +224,48 @@ def test_strides_that_32_bits_do_not_hold() -> None:
         tensors.append(wide.copy_(small))
     out = attention(*tensors)
     assert torch.equal(out, attention(*(t.clone() for t in tensors)))
+
+
+def test_tiles_of_every_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedseq.kernels import attention_config as config
+    from fusedseq.kernels import attention_mask as bits
+
+    monkeypatch.setattr(config, "INTERPRETING", False)
+    for kernel in ("forward", "dq", "dkv", "far", "dbias"):
+        for width in (16, 32, 64, 128, 256):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+                    for features in (0, bits.DROPOUT.value):
+                        one = config.tile(kernel, width, dtype, capability, features, 1000)
+                        assert one.BM >= 16 and one.BN >= 16 and one.warps in (4, 8)
+    assert config.tile("forward", 128, torch.bfloat16, (9, 0), 0, rows=8).BM == 16
+    # 64 keys at a time: else dropout would evaluate its random numbers four times as often.
+    assert config.tile("dq", 256, torch.bfloat16, (9, 0), bits.DROPOUT.value, 1000).BN == 64
+    assert (config.width_of(1), config.width_of(80), config.width_of(256)) == (16, 128, 256)
+
+
+def test_tuning_takes_the_fastest_once_and_skips_what_does_not_fit() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from fusedseq.kernels.attention_config import Tile, neighbours, tuned
+
+    shipped = Tile(64, 64, 8, 2)
+    tried = neighbours(shipped)
+    assert tried[0] == shipped and len(set(tried)) == len(tried)
+    launched: list[Tile] = []
+
+    def launch(one: Tile) -> None:
+        launched.append(one)
+        if one.stages == 3:
+            raise OutOfResources(1, 0, "shared memory")
+
+    def time(call: Any) -> float:
+        call()
+        return 1.0 if launched[-1].BN == 32 else 2.0
+
+    key = ("test", shipped)
+    assert tuned(key, shipped, launch, time) == shipped._replace(BN=32)
+    assert launched == tried
+    assert tuned(key, shipped, launch, time) == shipped._replace(BN=32) and launched == tried
+    with pytest.raises(OutOfResources):
+        tuned(("too large", shipped), shipped._replace(stages=3), launch, time)
