@@ -53,3 +53,13 @@ class Cases:
             return function(*passed).decode()
 
         return call
+
+
+def values(*shape: int) -> np.ndarray:
+    """Float32 input."""
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def nothing(*shape: int) -> np.ndarray:
+    """Room for float32 output."""
+    return np.full(shape, np.nan, np.float32)
