@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "emulator"
 
 
-def make(target: str) -> None:
-    """Brings a target of tests/emulator/Makefile up to date, one process at a time."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    with (OUT / "lock").open("w") as lock:
+def make(target: str, out: Path = OUT, **variables: str) -> None:
+    """Brings a target of tests/emulator/Makefile up to date in the folder `out`, one process at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = ["make", "-s", "-j2", "-f", "tests/emulator/Makefile", f"OUT={OUT}", target]
+        command = ["make", "-s", "-j2", "-f", "tests/emulator/Makefile", f"OUT={out}", *settings, target]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
@@ -52,3 +53,13 @@ class Cases:
             return function(*passed).decode()
 
         return call
+
+
+def values(*shape: int) -> np.ndarray:
+    """Float32 input."""
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def nothing(*shape: int) -> np.ndarray:
+    """Room for float32 output."""
+    return np.full(shape, np.nan, np.float32)

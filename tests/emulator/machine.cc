@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <map>
-#include <mutex>
 
 namespace fusedseq {
 namespace emulator {
@@ -178,8 +177,6 @@ void end_cluster(Cluster* cluster) {
   machine.clusters.erase(std::find_if(machine.clusters.begin(), machine.clusters.end(), matches));
 }
 
-std::string where(const Index3& index) { return format("(%u,%u,%u)", index.x, index.y, index.z); }
-
 // Who waits for what, threads of a block that wait for the same in one line.
 std::string deadlock() {
   std::string text = "deadlock: no thread can go on.";
@@ -195,7 +192,7 @@ std::string deadlock() {
         groups[what].push_back(i);
       }
       for (const auto& group : groups) {
-        text += "\n  block " + where(block->index) + ", threads";
+        text += "\n  block " + describe(block->index) + ", threads";
         const std::vector<int>& members = group.second;
         for (size_t i = 0; i < members.size();) {
           size_t j = i;
@@ -209,77 +206,6 @@ std::string deadlock() {
     }
   return text;
 }
-
-int resident_clusters(const LaunchRequest& request, const Settings& settings, int& blocks_per_sm) {
-  const int threads = int(request.block.x * request.block.y * request.block.z);
-  blocks_per_sm = std::min({settings.shared_per_sm / (request.shared + 1024), 2048 / threads, 32});
-  // A cluster lives within a GPC; whether the SMs of one suffice, the emulated device does not say.
-  return blocks_per_sm * settings.sms / request.cluster;
-}
-
-std::string check(const LaunchRequest& request, const Settings& settings) {
-  const Index3& grid = request.grid;
-  const Index3& block = request.block;
-  const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads < 1 || threads > kThreadsPerBlock) return format("%llu threads in a block", (unsigned long long)threads);
-  if (grid.y > 65535 || grid.z > 65535 || blocks < 1) return "a grid of " + where(grid);
-  if (blocks > (1u << 20))
-    return format("the emulator takes grids up to 2^20 blocks, not %llu", (unsigned long long)blocks);
-  if (request.shared < 0 || request.shared > settings.shared)
-    return format("%d bytes of shared memory where a block has %d", request.shared, settings.shared);
-  const int largest = settings.capability >= 90 ? settings.cluster : 1;
-  if (request.cluster < 1 || request.cluster > largest)
-    return format("a cluster of %d blocks where %d is the limit", request.cluster, largest);
-  if (grid.x % unsigned(request.cluster))
-    return format("a grid %u blocks wide is no multiple of the cluster's %d", grid.x, request.cluster);
-  int per_sm = 0;
-  const int resident = resident_clusters(request, settings, per_sm);
-  if (resident < 1) return "no such cluster fits on the device";
-  if (request.cooperative && blocks > uint64_t(resident) * uint64_t(request.cluster))
-    return format("a cooperative launch of %llu blocks where %d fit on the device at once", (unsigned long long)blocks,
-                  resident * request.cluster);
-  return "";
-}
-
-void run_grid(const LaunchRequest& request) {
-  const uint32_t blocks = machine.grid.x * machine.grid.y * machine.grid.z;
-  const uint32_t total = blocks / uint32_t(machine.cluster_size);
-  for (uint32_t i = 0; i < total; ++i) machine.waiting_clusters.push_back(i);
-  for (uint32_t i = total; i > 1; --i)
-    std::swap(machine.waiting_clusters[i - 1], machine.waiting_clusters[random_below(i)]);
-  int per_sm = 0;
-  size_t capacity = size_t(resident_clusters(request, machine.settings, per_sm));
-  // Independent blocks: a few at a time show what their interleaving can do.
-  const int cluster_threads = machine.threads_per_block * machine.cluster_size;
-  if (!request.cooperative) capacity = std::min(capacity, size_t(std::max(2, 1024 / cluster_threads)));
-  while (machine.error.empty()) {
-    if (machine.retired) {
-      end_cluster(machine.retired);
-      machine.retired = nullptr;
-    }
-    while (machine.clusters.size() < capacity && !machine.waiting_clusters.empty()) {
-      start_cluster(machine.waiting_clusters.back());
-      machine.waiting_clusters.pop_back();
-    }
-    if (machine.clusters.empty()) break;
-    Thread* next = pick();
-    if (!next) {
-      if (machine.error.empty()) machine.error = deadlock();
-      break;
-    }
-    current = next;
-    switch_fiber(machine.main, next->fiber);
-  }
-  current = nullptr;
-}
-
-void reset() {
-  while (!machine.clusters.empty()) end_cluster(machine.clusters.back().get());
-  machine.~Machine();
-  new (&machine) Machine;
-}
-
-std::mutex one_launch;
 
 }  // namespace
 
@@ -315,11 +241,13 @@ void fail(const char* text, ...) {
   abort();  // a launch that failed never continues
 }
 
+std::string describe(const Index3& index) { return format("(%u,%u,%u)", index.x, index.y, index.z); }
+
 std::string describe(ThreadId id) {
   if (id & kAgent) return "an asynchronous copy";
   id &= ~kArrival;
-  return "thread " + where(unravel(id % kThreadsPerBlock, machine.block_size)) + " of block " +
-         where(unravel(id / kThreadsPerBlock, machine.grid));
+  return "thread " + describe(unravel(id % kThreadsPerBlock, machine.block_size)) + " of block " +
+         describe(unravel(id / kThreadsPerBlock, machine.grid));
 }
 std::string describe(const Thread& thread) { return describe(thread.id); }
 
@@ -365,46 +293,37 @@ void wake(Thread* thread) {
   machine.ready.push_back(thread);
 }
 
-std::string query(DeviceView& device) {
-  Settings settings;
-  const std::string error = read_settings(settings);
-  device = {settings.capability, settings.sms, settings.shared, settings.shared_per_sm,
-            settings.capability >= 90 ? settings.cluster : 1};
-  return error;
+void run_grid(size_t capacity) {
+  const uint32_t blocks = machine.grid.x * machine.grid.y * machine.grid.z;
+  const uint32_t total = blocks / uint32_t(machine.cluster_size);
+  for (uint32_t i = 0; i < total; ++i) machine.waiting_clusters.push_back(i);
+  for (uint32_t i = total; i > 1; --i)
+    std::swap(machine.waiting_clusters[i - 1], machine.waiting_clusters[random_below(i)]);
+  while (machine.error.empty()) {
+    if (machine.retired) {
+      end_cluster(machine.retired);
+      machine.retired = nullptr;
+    }
+    while (machine.clusters.size() < capacity && !machine.waiting_clusters.empty()) {
+      start_cluster(machine.waiting_clusters.back());
+      machine.waiting_clusters.pop_back();
+    }
+    if (machine.clusters.empty()) break;
+    Thread* next = pick();
+    if (!next) {
+      if (machine.error.empty()) machine.error = deadlock();
+      break;
+    }
+    current = next;
+    switch_fiber(machine.main, next->fiber);
+  }
+  current = nullptr;
 }
 
-std::string occupancy(int& blocks_per_sm, int& clusters, const LaunchRequest& request) {
-  Settings settings;
-  std::string error = read_settings(settings);
-  if (!error.empty()) return error;
-  blocks_per_sm = clusters = 0;
-  LaunchRequest one = request;
-  one.cooperative = false;
-  if (request.shared > settings.shared || request.cluster > settings.cluster) return check(one, settings);
-  clusters = resident_clusters(request, settings, blocks_per_sm);
-  return "";
-}
-
-std::string launch(const LaunchRequest& request, void (*body)(void*), void* arguments) {
-  std::lock_guard<std::mutex> guard(one_launch);
-  Settings settings;
-  std::string error = read_settings(settings);
-  if (error.empty()) error = check(request, settings);
-  if (!error.empty()) return error;
-  machine.settings = settings;
-  machine.random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
-  machine.grid = request.grid;
-  machine.block_size = request.block;
-  machine.threads_per_block = int(request.block.x * request.block.y * request.block.z);
-  machine.shared_bytes = request.shared;
-  machine.cluster_size = request.cluster;
-  machine.body = body;
-  machine.arguments = arguments;
-  run_grid(request);
-  error = machine.error;
-  if (!error.empty()) error += format("\n  (FUSEDSEQ_EMULATOR_SEED=%llu)", (unsigned long long)settings.seed);
-  reset();
-  return error;
+void reset() {
+  while (!machine.clusters.empty()) end_cluster(machine.clusters.back().get());
+  machine.~Machine();
+  new (&machine) Machine;
 }
 
 }  // namespace emulator

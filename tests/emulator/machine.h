@@ -133,8 +133,6 @@ struct Delivery {
 // One launch. There is one machine, and one launch on it at a time.
 struct Machine {
   Settings settings;
-  const char* kernel = "";
-  std::string shape;
   Index3 grid, block_size;
   int threads_per_block = 0, shared_bytes = 0, cluster_size = 1;
   void (*body)(void*) = nullptr;
@@ -173,7 +171,8 @@ bool chance(uint32_t one_in);
 std::string format(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Ends the launch with this error about the running thread; does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-// "thread (0,0,0) of block (1,0,0)"
+// "(1,0,0)"; "thread (0,0,0) of block (1,0,0)"
+std::string describe(const Index3& index);
 std::string describe(const Thread& thread);
 std::string describe(ThreadId id);
 
@@ -185,6 +184,11 @@ void wait_blocked();  // once the thread's state says for what
 void wake(Thread* thread);
 // Something has happened that a spinning thread may be waiting for.
 void progress();
+
+// Runs all blocks of the launch that `machine` describes, at most `capacity` clusters at a time, or until an error;
+// then frees what is left of it.
+void run_grid(size_t capacity);
+void reset();
 
 // Publishes what the running thread did: its clock as others may see it.
 ClockRef release();
