@@ -173,9 +173,10 @@ def check_fault(device: torch.device) -> None:
         )
 
 
-def _workspace(x: Tensor, size: int) -> Tensor:
+def _workspace(x: Tensor, chosen: Any) -> Tensor:
     """Memory for one call. Given back when the call returns, it is reused only by later work on the same stream."""
-    return torch.empty(size + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
+    make = torch.zeros if chosen.zeroed else torch.empty
+    return make(chosen.workspace + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
 
 
 def _aligned(memory: Tensor) -> int:
@@ -223,7 +224,7 @@ def scan_forward(
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False)
-        workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen)
         width = 0 if reserve is None else reserve.shape[2]
         core.scan_forward(
             chosen, tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes,
@@ -293,7 +294,7 @@ def scan_backward(
     check_fault(x.device)
     with _on(x) as stream:
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True)
-        workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen)
         arguments = {
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
