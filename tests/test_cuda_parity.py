@@ -147,6 +147,19 @@ def test_recompute_gives_the_same_gradients(cell: str) -> None:
         assert torch.equal(t, formed[key]), key
 
 
+def test_autocast_reaches_no_product_inside() -> None:
+    inputs = baseline(Case.parse("gru", "T4B3I5H19-bi"), torch.bfloat16).inputs
+    with cuda_emulated.device():
+        plain = evaluate(scan, inputs)
+        with torch.autocast("cpu", torch.float16):
+            wide = evaluate(scan, baseline(Case.parse("gru", "T4B3I5H19-bi"), torch.float64).inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = evaluate(scan, inputs)
+    assert all(t.dtype == torch.float64 for t in wide.values())
+    for key, t in plain.items():
+        assert torch.equal(t, cast[key]), key
+
+
 @pytest.mark.parametrize("name", ["step", "block", "cluster", "grid"])
 def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
     tier(name)

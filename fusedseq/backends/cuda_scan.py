@@ -130,12 +130,13 @@ def _biases(cell: str, p: _Parameters, S: torch.dtype, H: int) -> tuple[Tensor |
 
 @contextlib.contextmanager
 def _on(x: Tensor) -> Any:
-    """The stream of x's device as an address, that device being the current one."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            yield torch.cuda.current_stream(x.device).cuda_stream
-    else:
-        yield None
+    """The stream of x's device as an address, that device being the current one; products keep the dtype they have."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x.is_cuda:
+            stack.enter_context(torch.cuda.device(x.device))
+        yield torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
 @functools.lru_cache(maxsize=1024)
