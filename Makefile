@@ -11,7 +11,7 @@ export FUSEDSEQ_REQUIRE_CORE := 1
 # emulator.
 export FUSEDSEQ_CUDA ?= 0
 
-.PHONY: help demo test lint format bench sanitize build cuda clean
+.PHONY: help demo test lint format bench sanitize build cuda device clean
 
 help:
 	@echo "make demo      train recurrent and attentive forecasters, torch beside fusedseq; writes out/forecast.png"
@@ -22,6 +22,7 @@ help:
 	@echo "make sanitize  the core tests on a core built with AddressSanitizer and UBSan"
 	@echo "make build     create $(VENV) and compile the core"
 	@echo "make cuda      compile the GPU kernels with nvcc and hold their registers and shared memory against the budget"
+	@echo "make device    on a machine with a GPU: everything that only it can tell; PART=rnn|attention|all"
 	@echo "make clean     remove all that was built, but keep $(VENV)"
 
 $(VENV)/.python:
@@ -74,7 +75,12 @@ sanitize: build
 
 cuda: $(VENV)/.installed
 	FUSEDSEQ_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pytest tests/test_cuda_resources.py $(ARGS)
+	FUSEDSEQ_CUDA=1 $(BIN)/python -m pytest tests/test_cuda_resources.py $(ARGS)
+
+# On a bare machine: needs no $(VENV) and no network.
+PART ?= all
+device:
+	$(PYTHON) bench/device.py --part $(PART) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .hypothesis

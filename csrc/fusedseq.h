@@ -256,8 +256,11 @@ struct CudaPlan {
   int units;  // of a rank
   int warps;
   int shared;         // bytes of a CTA
-  int64_t workspace;  // bytes
-  int stuck;          // a rank that tests make fall silent after its first step; -1: none
+  int64_t workspace;  // bytes, zeros where `zeroed`
+  bool zeroed;
+  int64_t together;  // groups of one launch, 0: all
+  int64_t first;     // group of a launch, of those that come one after the other
+  int stuck;         // a rank that tests make fall silent after its first step; -1: none
 };
 
 // Entry points of one ISA row of the CPU backend.

@@ -18,6 +18,8 @@ class Plan:
     warps: int
     shared: int
     workspace: int
+    zeroed: bool
+    together: int
     stuck: int
 
 def device() -> tuple[int, int, int, int]: ...  # 10 x compute capability, SMs, shared bytes of a CTA, CTAs of a cluster

@@ -96,9 +96,20 @@ def test_cluster(case: Case, dtype: torch.dtype, tier: Any) -> None:
     run(case, dtype, seed=3)
 
 
+@pytest.mark.parametrize(("case", "dtype"), rows(CLUSTERED, HALF_AND_SINGLE))
+def test_grid(case: Case, dtype: torch.dtype, tier: Any) -> None:
+    """On a device so small that the groups of some cases run in turns."""
+    tier("grid")
+    with cuda_emulated.device(sms=4):
+        chosen = planned(case, dtype)
+        assert chosen.ranks > 1
+        assert chosen.together == 4 // chosen.ranks
+    run(case, dtype, seed=9, sms=4)
+
+
 @pytest.mark.parametrize("seed", range(4, 8))
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("name", ["block", "cluster"])
+@pytest.mark.parametrize("name", ["block", "cluster", "grid"])
 def test_any_order_of_threads_gives_the_same_bits(name: str, cell: str, seed: int, tier: Any) -> None:
     tier(name)
     case = Case.parse(cell, "T4B9I3H40-bi-lengths0-resets")
@@ -136,7 +147,20 @@ def test_recompute_gives_the_same_gradients(cell: str) -> None:
         assert torch.equal(t, formed[key]), key
 
 
-@pytest.mark.parametrize("name", ["step", "block", "cluster"])
+def test_autocast_reaches_no_product_inside() -> None:
+    inputs = baseline(Case.parse("gru", "T4B3I5H19-bi"), torch.bfloat16).inputs
+    with cuda_emulated.device():
+        plain = evaluate(scan, inputs)
+        with torch.autocast("cpu", torch.float16):
+            wide = evaluate(scan, baseline(Case.parse("gru", "T4B3I5H19-bi"), torch.float64).inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = evaluate(scan, inputs)
+    assert all(t.dtype == torch.float64 for t in wide.values())
+    for key, t in plain.items():
+        assert torch.equal(t, cast[key]), key
+
+
+@pytest.mark.parametrize("name", ["step", "block", "cluster", "grid"])
 def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
     tier(name)
     case = Case.parse("gru", "T4B17I3H33-bi")
@@ -148,9 +172,12 @@ def test_a_row_does_not_depend_on_its_batch(name: str, tier: Any) -> None:
             assert torch.equal(y[:, b : b + 1], one[0]), b
 
 
+@pytest.mark.parametrize("name", ["cluster", "grid"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_rank_that_falls_silent_is_an_error(backward: bool, tier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier("cluster")
+def test_a_rank_that_falls_silent_is_an_error(
+    backward: bool, name: str, tier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier(name)
     case = Case.parse("lstm", "T4B3I3H40")
     honest = cuda_scan.plan
 
@@ -161,7 +188,7 @@ def test_a_rank_that_falls_silent_is_an_error(backward: bool, tier: Any, monkeyp
         return chosen
 
     monkeypatch.setattr(cuda_scan, "plan", stuck)
-    kernel = "cluster_backward" if backward else "cluster_forward"
+    kernel = f"{name}_{'backward' if backward else 'forward'}"
     with cuda_emulated.device(), pytest.raises(RuntimeError, match=rf"{kernel} \(lstm float32 T=4 B=3 H=40 .*trap"):
         evaluate(scan, baseline(case, torch.float32).inputs)
     with pytest.raises(cuda_scan.Fault, match="waited in vain"):
@@ -192,7 +219,8 @@ def test_the_device_decides_the_tier() -> None:
     for settings, expected in (
         ({}, "block"),
         ({"shared": 100 * 1024}, "cluster"),
-        ({"shared": 100 * 1024, "cluster": 1, "capability": 80}, "step"),
+        ({"shared": 100 * 1024, "cluster": 1, "capability": 80}, "grid"),
+        ({"shared": 12 * 1024}, "step"),
     ):
         with cuda_emulated.device(**settings):
             assert tiers[planned(case, torch.bfloat16).tier] == expected, settings

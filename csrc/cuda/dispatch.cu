@@ -21,35 +21,55 @@ int warps_for(int units) {
 
 // Clocks of a step, by the bytes of weights that a CTA reads from shared memory (128 a clock) and what an exchange
 // costs, times the turns in which the device takes all CTAs. Estimates, until they have been measured.
-double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan& plan, int weight_bytes) {
+double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan& plan) {
   const int64_t ctas = up(p.B, plan.rows) / plan.rows * p.D * plan.ranks;
   const double turns = double(up(ctas, device.sm_count) / device.sm_count);
-  return turns * (plan.ranks > 1 ? 900 : 100) + turns * weight_bytes / 128.0;
+  const double element = p.dtype == DType::f32 ? 4 : 2;
+  const double weights = element * gate_count(p.cell) * plan.units * plan.ranks * plan.units;
+  const int exchange = plan.tier == CudaTier::block ? 100 : plan.tier == CudaTier::cluster ? 900 : 2500;
+  return turns * (exchange + weights / 128);
+}
+
+int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
+  return plan.tier == CudaTier::block     ? block_bytes(p, plan, backward)
+         : plan.tier == CudaTier::cluster ? cluster_bytes(p, plan, backward)
+                                          : grid_bytes(p, plan, backward);
 }
 
 // Why this tier does not take the scan, empty if it does; fills in the plan.
 std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan) {
+  CudaPlan one{};
+  one.tier = tier;
+  one.stuck = -1;
   if (tier == CudaTier::step) {
-    plan = {tier, 1, 16, 16, 8, 0, step_workspace(p, backward), -1};
+    one.ranks = 1;
+    one.workspace = step_workspace(p, backward);
+    plan = one;
     return "";
   }
   if (p.dtype == DType::f64) return "float64 has no kernel that keeps its weights";
   if (p.w_hr[0]) return "a projection needs a second product";
-  const bool cluster = tier == CudaTier::cluster;
-  if (!cluster && tier != CudaTier::block) return "there is no such tier";
-  if (cluster && device.max_cluster < 2) return "the device has no clusters";
+  if (tier == CudaTier::cluster && device.max_cluster < 2) return "the device has no clusters";
+  const int fewest = tier == CudaTier::block ? 1 : 2;
+  const int most = tier == CudaTier::block ? 1 : tier == CudaTier::cluster ? device.max_cluster : device.sm_count;
   double best = 0;
-  for (int most = cluster ? 2 : 1; most <= (cluster ? device.max_cluster : 1); ++most) {
-    const int units = int(up((p.H + most - 1) / most, 16)), ranks = int((p.H + units - 1) / units);
-    if (ranks != most || warps_for(units) > kMostWarps) continue;
+  for (int ranks = fewest; ranks <= most; ++ranks) {
+    one.units = int(up((p.H + ranks - 1) / ranks, 16));
+    one.warps = warps_for(one.units);
+    one.ranks = int((p.H + one.units - 1) / one.units);
+    if (one.ranks != ranks || one.warps > kMostWarps) continue;
     for (int rows : {16, 8}) {
-      CudaPlan one{tier, ranks, rows, units, warps_for(units), 0, 0, -1};
-      one.shared = cluster ? cluster_bytes(p, one, backward) : block_bytes(p, one, backward);
+      one.rows = rows;
+      one.shared = bytes_of(p, one, backward);
       if (one.shared > device.shared_per_block || (rows == 16 && p.B <= 8)) continue;
-      const int element = p.dtype == DType::f32 ? 4 : 2;
-      const double clocks = step_clocks(p, device, one, gate_count(p.cell) * units * ranks * units * element);
+      const double clocks = step_clocks(p, device, one);
       if (best && clocks >= best) continue;
-      if (cluster && !cluster_possible(p, one, backward)) continue;
+      if (tier == CudaTier::cluster && !cluster_possible(p, one, backward)) continue;
+      if (tier == CudaTier::grid) {
+        one.together = device.sm_count / ranks;
+        one.workspace = grid_workspace(p, one, backward);
+        one.zeroed = true;
+      }
       best = clocks;
       plan = one;
     }
@@ -85,6 +105,8 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan) {
       return block_forward(p, plan);
     case CudaTier::cluster:
       return cluster_forward(p, plan);
+    case CudaTier::grid:
+      return grid_forward(p, plan);
     default:
       return step_forward(p);
   }
@@ -96,6 +118,8 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
       return block_backward(p, plan);
     case CudaTier::cluster:
       return cluster_backward(p, plan);
+    case CudaTier::grid:
+      return grid_backward(p, plan);
     default:
       return step_backward(p);
   }

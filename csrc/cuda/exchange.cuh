@@ -30,6 +30,8 @@ struct BlockChannel {
     return c;
   }
   FSQ_DEVICE static int rank(const CudaPlan&) { return 0; }
+  // Where in the workspace this channel of this group lies; what follows all groups' parts of it comes back.
+  FSQ_DEVICE char* bind(char* at, int64_t, int64_t) { return at; }
   // Between what every thread does to prepare the block's memory and the first step.
   FSQ_DEVICE void begin(int) { __syncthreads(); }
   FSQ_DEVICE void publish(int, int) { __syncthreads(); }
@@ -55,6 +57,7 @@ struct ClusterChannel {
     return c;
   }
   FSQ_DEVICE static int rank(const CudaPlan&) { return int(ptx::cluster_rank()); }
+  FSQ_DEVICE char* bind(char* at, int64_t, int64_t) { return at; }
   FSQ_DEVICE void begin(int) {
     if (threadIdx.x == 0) {
       for (int which : {0, 1}) ptx::mbarrier_init(full.address(which), uint32_t(slices.ranks - 1));
@@ -92,6 +95,66 @@ struct ClusterChannel {
     ptx::cluster_arrive();
     ptx::cluster_wait();
   }
+};
+
+// Any CTAs of the device, all of them resident: the slice goes through global memory, where a flag of each rank counts
+// its publications. A rank waits for the flags, not for a barrier of the whole grid.
+template <class E>
+struct GridChannel {
+  static constexpr bool kCompiled = true;
+  static constexpr int kVector = 16 / int(sizeof(E));
+  Slices<E> slices;
+  E* data;          // [2][ranks][slice]
+  uint32_t* flags;  // [ranks], zero before the launch
+
+  template <class Arena>
+  FSQ_BOTH static GridChannel carve(Arena& arena, int ranks, int rows, int width) {
+    GridChannel c;
+    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    c.data = nullptr;
+    c.flags = nullptr;
+    return c;
+  }
+  FSQ_BOTH int all() const { return 2 * slices.ranks * slices.slice(); }
+  // Of the workspace, for one group.
+  FSQ_BOTH int64_t bytes() const {
+    return (int64_t(all()) * int(sizeof(E)) + slices.ranks * int(sizeof(uint32_t)) + 255) / 256 * 256;
+  }
+  FSQ_DEVICE static int rank(const CudaPlan& plan) { return int(blockIdx.x) % plan.ranks; }
+  FSQ_DEVICE char* bind(char* at, int64_t group, int64_t groups) {
+    char* const mine = at + group * bytes();
+    data = reinterpret_cast<E*>(mine);
+    flags = reinterpret_cast<uint32_t*>(mine + int64_t(all()) * int(sizeof(E)));
+    return at + groups * bytes();
+  }
+  FSQ_DEVICE void begin(int) { __syncthreads(); }
+  FSQ_DEVICE void publish(int rank, int n) {
+    __syncthreads();
+    const GlobalSpan<E> out(data, all());
+    const int first = slices.at((n + 1) % 2, rank);
+    for (int i = int(threadIdx.x) * kVector; i < slices.slice(); i += int(blockDim.x) * kVector)
+      out.template store<uint4>(first + i, slices.data.template load<uint4>(first + i));
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::st_release(flags + rank, uint32_t(n + 1));
+  }
+  FSQ_DEVICE bool wait(int n) {
+    bool late = false;
+    uint64_t since = 0;
+    for (int peer = int(threadIdx.x); peer < slices.ranks && !late; peer += int(blockDim.x))
+      while (!late && ptx::ld_acquire(flags + peer) < uint32_t(n + 1)) {
+        const uint64_t now = ptx::globaltimer();
+        if (!since) since = now;
+        late = now - since > kPatience;
+      }
+    if (__syncthreads_or(late)) return false;
+    const GlobalSpan<E> in(data, all());
+    const int first = slices.at((n + 1) % 2, 0);
+    for (int i = int(threadIdx.x) * kVector; i < slices.ranks * slices.slice(); i += int(blockDim.x) * kVector)
+      slices.data.template store<uint4>(first + i, in.template load<uint4>(first + i));
+    __syncthreads();
+    return true;
+  }
+  FSQ_DEVICE void end() {}
 };
 
 }  // namespace FSQ_ISA

@@ -16,13 +16,18 @@ constexpr int kElements = 8;  // (row, unit) pairs of a thread: 16 rows x 16 uni
 
 FSQ_BOTH int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / kUnitTile); }
 
+FSQ_BOTH int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) {
+  return (p.B + plan.rows - 1) / plan.rows * p.D;
+}
+
 // Which rows and units a CTA and a thread own.
 struct Share {
   int rank, units, rows, count;
-  int64_t d, b0;
+  int64_t d, b0, group, groups;
 
   FSQ_DEVICE Share(const CudaScanParams& p, const CudaPlan& plan, int rank) : rank(rank) {
-    const int64_t group = blockIdx.x / plan.ranks;
+    group = plan.first + blockIdx.x / plan.ranks;
+    groups = groups_of(p, plan);
     units = plan.units;
     rows = plan.rows;
     count = units * rows;
@@ -110,6 +115,8 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   const Share share(p, plan, Channel<E>::rank(plan));
   const int parts = parts_of(plan), width = plan.units;
   const int64_t steps = share.steps(p);
+  char* const rest = m.h.bind(static_cast<char*>(p.workspace), share.group, share.groups);
+  if constexpr (Memory::kTwo) m.rh.bind(rest, share.group, share.groups);
 
   load_rows(p, share, m.w, 0, kFirst<C>);
   if constexpr (Memory::kTwo) load_rows(p, share, m.w_n, 2, 1);
@@ -243,6 +250,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   const Share share(f, plan, Channel<E>::rank(plan));
   const int parts = parts_of(plan), width = plan.units;
   const int64_t steps = share.steps(f);
+  char* const rest = m.fed.bind(static_cast<char*>(f.workspace), share.group, share.groups);
+  if constexpr (Memory::kTwo) m.dn.bind(rest, share.group, share.groups);
 
   load_columns(f, share, m.w, 0, kFed<C>);
   if constexpr (Memory::kTwo) load_columns(f, share, m.w_n, 2, 1);
@@ -360,11 +369,13 @@ int persistent_bytes(const CudaPlan& plan, bool backward) {
   return arena.bytes();
 }
 
-inline Launch persistent_launch(const char* name, const CudaScanParams& p, const CudaPlan& plan) {
-  const int64_t tiles = (p.B + plan.rows - 1) / plan.rows;
-  Launch launch(name, describe(p), dim3(unsigned(tiles * p.D * plan.ranks)), dim3(unsigned(32 * plan.warps)));
+// groups: how many of them the launch has, all by default.
+inline Launch persistent_launch(const char* name, const CudaScanParams& p, const CudaPlan& plan, int64_t groups = 0) {
+  if (!groups) groups = groups_of(p, plan);
+  Launch launch(name, describe(p), dim3(unsigned(groups * plan.ranks)), dim3(unsigned(32 * plan.warps)));
   launch.shared = plan.shared;
-  launch.cluster = plan.ranks;
+  launch.cluster = plan.tier == CudaTier::cluster ? plan.ranks : 1;
+  launch.cooperative = plan.tier == CudaTier::grid;
   launch.stream = static_cast<cudaStream_t>(p.stream);
   return launch;
 }

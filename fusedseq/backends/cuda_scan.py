@@ -130,12 +130,13 @@ def _biases(cell: str, p: _Parameters, S: torch.dtype, H: int) -> tuple[Tensor |
 
 @contextlib.contextmanager
 def _on(x: Tensor) -> Any:
-    """The stream of x's device as an address, that device being the current one."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            yield torch.cuda.current_stream(x.device).cuda_stream
-    else:
-        yield None
+    """The stream of x's device as an address, that device being the current one; products keep the dtype they have."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x.is_cuda:
+            stack.enter_context(torch.cuda.device(x.device))
+        yield torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -173,9 +174,10 @@ def check_fault(device: torch.device) -> None:
         )
 
 
-def _workspace(x: Tensor, size: int) -> Tensor:
+def _workspace(x: Tensor, chosen: Any) -> Tensor:
     """Memory for one call. Given back when the call returns, it is reused only by later work on the same stream."""
-    return torch.empty(size + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
+    make = torch.zeros if chosen.zeroed else torch.empty
+    return make(chosen.workspace + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
 
 
 def _aligned(memory: Tensor) -> int:
@@ -223,7 +225,7 @@ def scan_forward(
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False)
-        workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen)
         width = 0 if reserve is None else reserve.shape[2]
         core.scan_forward(
             chosen, tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes,
@@ -293,7 +295,7 @@ def scan_backward(
     check_fault(x.device)
     with _on(x) as stream:
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True)
-        workspace = _workspace(x, chosen.workspace)
+        workspace = _workspace(x, chosen)
         arguments = {
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),

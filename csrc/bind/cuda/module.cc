@@ -152,6 +152,8 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("warps", &CudaPlan::warps)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
+      .def_readonly("zeroed", &CudaPlan::zeroed)
+      .def_readonly("together", &CudaPlan::together)
       .def_readwrite("stuck", &CudaPlan::stuck);
   m.def("plan", &plan);
   m.def("scan_forward", &scan_forward);

@@ -1,0 +1,100 @@
+"""`make device` as far as it goes without a GPU: its order and time limits, its table, its list of cases."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedseq.bench import device, device_cases
+from fusedseq.bench.rnn_cases import RecurrentCase
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_all_it_started() -> None:
+    started = time.monotonic()
+    inner = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
+    status, output = device.run([sys.executable, "-c", code], 2)
+    assert status is None
+    assert "begun" in output
+    assert time.monotonic() - started < 30
+    assert device.run([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 30) == (3, "x\n")
+
+
+class Scripted(device.Session):
+    """A session whose parts do nothing but say so."""
+
+    def build(self, limit: float) -> list[device.Part]:
+        return [device.Part("build", "ok", 0.0, f"{limit:.0f}")]
+
+    def parity(self, limit: float) -> list[device.Part]:
+        return [device.Part("parity", "failed", 0.0, "first\nlast | line")]
+
+    def sanitizer(self, limit: float) -> list[device.Part]:
+        return [device.Part(f"sanitizer {tool}", "ok") for tool in device.TOOLS]
+
+    def benchmark(self, limit: float) -> list[device.Part]:
+        self.report.benchmark = {"cases": recorded()}
+        return [device.Part("benchmark", "ok")]
+
+
+def recorded() -> list[dict[str, object]]:
+    """Made-up times."""
+
+    def peer(seconds: float | None, reason: str | None = None) -> dict[str, object]:
+        return {"status": "ok" if seconds else "wrong", "median": seconds, "reason": reason}
+
+    plan = {"forward": {"tier": "cluster", "ranks": 16, "rows": 16}}
+    return [
+        {"case": "LSTM a", "backend": "cuda", "plans": plan, "kernels": {"torch": ["lstm_persist x1"]},
+         "peers": {"fusedseq": peer(0.001), "cudnn": peer(0.004)}},
+        {"case": "LSTM b", "backend": "cuda", "plans": {}, "kernels": {},
+         "peers": {"fusedseq": peer(0.001), "cudnn": peer(0.001)}},
+        {"case": "GRU c", "backend": "cuda", "plans": {}, "kernels": {},
+         "peers": {"fusedseq": peer(None, "norm error | too large"), "cudnn": peer(0.001)}},
+    ]  # fmt: skip
+
+
+def test_parts_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert device.main(["--part", "rnn", "--out", str(tmp_path)], Scripted) == 1
+    text = (tmp_path / "device.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:6] == ["build", "parity", "sanitizer memcheck", "sanitizer racecheck", "sanitizer synccheck"]
+    assert "| parity | failed | 0 | last \\| line |" in text
+    assert "| LSTM a | 1.000 | 4.000 | 4.00 | cuda cluster 16x16 | lstm_persist x1 |" in text
+    assert "norm error \\| too large" in text
+    assert "Geometric mean over 2 cases: 2.00; lowest 1.00." in text
+    report = json.loads((tmp_path / "device.json").read_text())
+    assert [part["status"] for part in report["parts"]] == ["ok", "failed", "ok", "ok", "ok", "ok"]
+
+
+def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    report = Scripted("rnn", tmp_path, whole=1.0).go()
+    assert [part.status for part in report.parts] == ["skipped"] * 4
+    assert all(part.detail == "no time was left" for part in report.parts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these parts run")
+def test_without_a_gpu_nothing_is_called_measured(tmp_path: Path) -> None:
+    session = device.Session("rnn", tmp_path)
+    assert [part.status for part in session.sanitizer(5)] == ["skipped"]
+    assert "Nothing here was measured" in device.table(session.report)
+
+
+def test_the_cases_are_what_the_goals_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = device_cases.cases(["rnn"])
+    assert len(set(cases)) == len(cases)
+    assert all(case.device == "cuda" and case.dtype in ("bfloat16", "float16") for case in cases)
+    assert cases[0] == RecurrentCase("LSTM", "inference", 16, 1024, 768, 768, dtype="bfloat16", device="cuda")
+    assert {case.family for case in cases} == {"LSTM", "GRU", "RNN"}
+    assert any(case.packed for case in cases)
+    assert any(case.bidirectional for case in cases)
+    assert device_cases.main(["--list", "--part", "all"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[: len(cases)] == [str(case) for case in cases]
+    assert any(line.startswith("attention") for line in listed)
