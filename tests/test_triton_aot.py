@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from fusedseq import config
+from fusedseq import config, info
+from fusedseq.__main__ import main
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -78,3 +79,26 @@ def test_registers_are_those_on_record(compiled: dict[str, Any], architecture: s
             f"{name}: {registers} registers and {shared} bytes shared, recorded are {recorded[0]} and {recorded[2]}; "
             "if that is meant, write the record again"
         )
+
+
+def test_the_command_compiles_and_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        ran.append((command[1:], env["TRITON_INTERPRET"]))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(info.subprocess, "run", run)
+    assert main(["info", "--kernels"]) == 3
+    assert ran == [(["-m", "fusedseq.kernels.aot"], "0")]
+
+
+def test_the_table_is_readable() -> None:
+    from fusedseq.kernels.aot import render
+
+    text = render({name: RECORDED[name] for name in SHARED}).splitlines()
+    assert len(text) == sum(len(RECORDED[name]) + 1 for name in SHARED)
+    assert text[0].split() == ["sm_80", "registers", "spills", "shared", "tensor", "cores"]
+    name, row = next(iter(RECORDED["sm_80"].items()))
+    assert text[1].split() == [name, *map(str, row[:3]), row[3] or "-"]

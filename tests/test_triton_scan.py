@@ -78,6 +78,24 @@ def test_reasons() -> None:
         registry.choose(call._replace(dtype=torch.float64), "triton")
 
 
+def test_reasons_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = registry.backends()["triton"].missing.__wrapped__  # past the cache
+    monkeypatch.setattr(fusedseq.config, "settings", fusedseq.config.Settings(interpret=False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no GPU" in missing()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert missing() == "it needs compute capability 8.0 or newer, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert missing() == "it needs triton 3.4 or newer, 3.3.1 is installed"
+    monkeypatch.undo()
+    monkeypatch.setattr(fusedseq.config, "settings", fusedseq.config.Settings(interpret=not INTERPRETING))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert missing() == "TRITON_INTERPRET changed after triton had been imported"
+
+
 def test_a_cpu_call_never_comes_here_by_itself() -> None:
     call = registry.ScanCall("lstm", "cpu", torch.float32, 3, 2, 4, 5, 5, 1, False, False, False, False, True)
     assert registry.choose(call, "").name != "triton"

@@ -23,21 +23,31 @@ name = "triton"
 device = "cuda"  # the registry offers it no other tensors, unless it is asked for by name
 
 OLDEST = (3, 4)
+OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Which module takes which kind of call.
 _MODULES = {"ScanCall": "triton_scan", "RowCall": "triton_rows", "AttentionCall": "triton_attention"}
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 @functools.cache
 def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and not config.settings.interpret:
-        return "torch sees no GPU, and TRITON_INTERPRET=1, which runs kernels without one, was not set at import"
+    if not config.settings.interpret:
+        if not torch.cuda.is_available():
+            return "torch sees no GPU, and TRITON_INTERPRET=1, which runs kernels without one, was not set at import"
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs"
+        if (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
+            return f"it needs compute capability {_dotted(OLDEST_GPU)} or newer, this GPU has {_dotted(capability)}"
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return f"it needs triton {'.'.join(map(str, OLDEST))} or newer, {triton.__version__} is installed"
+        return f"it needs triton {_dotted(OLDEST)} or newer, {triton.__version__} is installed"
     if config.settings.interpret != interpreting():
         return "TRITON_INTERPRET changed after triton had been imported"
     return None
