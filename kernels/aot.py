@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("scan_variants", "rows_variants")
+MODULES = ("scan_variants", "rows_variants", "attention_variants")
 CAPABILITIES = (80, 90)
 # What a block can have of shared memory, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
