@@ -93,7 +93,7 @@ def test_every_kernel_has_a_budget_and_keeps_it() -> None:
 
 def test_no_persistent_kernel_of_half_types_spills_on_hopper() -> None:
     kernels = {name: used for name, used in measured()["sm_90a"].items() if name.startswith("persistent")}
-    assert len(kernels) == 2 * 2 * 3 * len(CELLS)
+    assert len(kernels) == 3 * 2 * 3 * len(CELLS)  # tiers, passes, dtypes
     for name, (registers, stack) in kernels.items():
         assert registers <= REGISTERS, f"{name}: {registers} registers"
         assert stack == 0 or "float16" not in name, f"{name}: {stack} bytes of stack"
@@ -101,7 +101,7 @@ def test_no_persistent_kernel_of_half_types_spills_on_hopper() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_half_types_are_multiplied_by_tensor_cores(arch: str) -> None:
-    tiers = {"block": "BlockChannel"} | ({"cluster": "ClusterChannel"} if arch != "sm_80" else {})
+    tiers = {"block", "grid"} | ({"cluster"} if arch != "sm_80" else set())
     for path in objects():
         if path.stem not in tiers:
             continue
