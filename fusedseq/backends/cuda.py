@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fusedseq.backends.cuda_scan import scan_backward, scan_forward
+from fusedseq.backends.one_step import cells
 from fusedseq.backends.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -96,34 +96,4 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def _lead(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.unsqueeze(0)
-
-
-def cell_forward(
-    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    _, h_n, c_n, _, reserve = scan_forward(
-        cell, x.unsqueeze(0), _lead(h), _lead(c), weights, False, False, None, None, None, False, save
-    )
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0), reserve
-
-
-def cell_backward(
-    cell: str,
-    dh: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    weights: Sequence[Tensor],
-    h_new: Tensor,
-    reserve: Tensor,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
-    dx, dh0, dc0, dweights = scan_backward(
-        cell, None, _lead(dh), _lead(dc), None, x.unsqueeze(0), _lead(h), _lead(c), weights, False, False,
-        None, None, None, h_new.unsqueeze(0), reserve, need_dx, need_dw,
-    )  # fmt: skip
-    return None if dx is None else dx.squeeze(0), dh0.squeeze(0), None if dc0 is None else dc0.squeeze(0), dweights
+cell_forward, cell_backward = cells(scan_forward, scan_backward)
