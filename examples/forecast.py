@@ -1,6 +1,6 @@
 """Forecasts tomorrow's temperature with recurrent and attentive networks: torch's and fusedseq's, side by side.
 
-    python examples/forecast.py                                  # six networks, each twice; about two minutes
+    python examples/forecast.py                                  # six networks, each twice; about three minutes
     python examples/forecast.py --model lstm --module fusedseq   # one of them
     python examples/forecast.py --model longformer --window 336  # two weeks of hours, where the window pays
 

@@ -1,6 +1,6 @@
 """Translates numerals from English to German with a Transformer: torch's and fusedseq's, side by side.
 
-    python examples/translation.py                        # both modules; about a minute
+    python examples/translation.py                        # both modules
     python examples/translation.py --module fusedseq      # one of them
     python examples/translation.py --dropout 0.1          # the networks then differ: each draws its own
 
