@@ -5,22 +5,24 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 
-from . import attention_cases, rnn_cases, transformer_cases
+from . import attention_cases, linear_cases, rnn_cases, transformer_cases
 from .case import MODES, Case, Set
 
-FAMILIES = (*rnn_cases.FAMILIES, *attention_cases.FAMILIES, *transformer_cases.FAMILIES)
+FAMILIES = (*rnn_cases.FAMILIES, *attention_cases.FAMILIES, *transformer_cases.FAMILIES, *linear_cases.FAMILIES)
 
 
 def _quick() -> Iterator[Case]:
     yield from rnn_cases.quick()
     yield from attention_cases.quick()
     yield from transformer_cases.quick()
+    yield from linear_cases.quick()
 
 
 def _smoke() -> Iterator[Case]:
     yield from rnn_cases.smoke()
     yield from attention_cases.smoke()
     yield from transformer_cases.smoke()
+    yield from linear_cases.smoke()
 
 
 SETS: dict[str, Set] = {
@@ -28,6 +30,7 @@ SETS: dict[str, Set] = {
     **rnn_cases.SETS,
     **attention_cases.SETS,
     **transformer_cases.SETS,
+    **linear_cases.SETS,
     "smoke": Set("tiny sizes of every kind, for tests", _smoke),
 }
 # Names that stand for several sets.

@@ -173,10 +173,6 @@ def test_any_call_equals_its_definition(dtype: torch.dtype, data: st.DataObject)
     with running(*row, threads=data.draw(st.sampled_from((1, 2, 3)))):
         got = outcome(call, Call.ours, dout, dlse)
     wrong = judge(call, dout, dlse, got)
-    few_rows = call.q.shape[2] * (call.q.shape[1] // max(call.k.shape[1], 1)) < 4
-    if dtype == torch.float32 and few_rows and ((keys := seen(call).sum(-1)) > 0).logical_and(keys < 8).any():
-        # Known, and asserted by test_attention_known.py: few rows take sums that the backward pass does not.
-        wrong = [error for error in wrong if not error.startswith("dv:")]
     assert not wrong, f"{row} {text(call)}\n" + "\n".join(wrong)
 
 

@@ -110,16 +110,73 @@ def test_gradients_are_recorded(count):
     q, k, v = draw()
     for _ in range(2):
         fusedseq.attention(q, k, v)
+    assert count.taken == 1
     for t in (q, k, v):
         t.requires_grad_()
         out = fusedseq.attention(q, k, v)
         assert out.requires_grad
         t.requires_grad_(False)
-    assert count.taken == 1
+    assert count.taken == 3  # the first that records is a call of its own
     q.requires_grad_()
     with torch.no_grad():
         assert not fusedseq.attention(q, k, v).requires_grad
-    assert count.taken == 2
+    assert count.taken == 4
+
+
+def gradients(inputs: tuple[Tensor, ...], wanted: tuple[int, ...], dout: Tensor, dlse: Tensor | None, **more):
+    """out, lse and the wanted gradients, of a first call and of one that is remembered."""
+    results = []
+    for _ in range(2):
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        out, lse = fusedseq.attention(*leaves, return_lse=True, **more)
+        outputs, upstream = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+        results.append((out, lse, *torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream)))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("more", [{}, {"mask": Mask("top-left")}, {"softcap": 3.0, "scale": -0.5}])
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (0, 2)])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_the_same_gradients(count, dtype, more, wanted, with_lse):
+    inputs = draw(L=33, Ev=16, dtype=dtype)
+    dout = torch.randn(2, 4, 33, 16).to(dtype)
+    dlse = torch.randn(2, 4, 33, dtype=torch.promote_types(dtype, torch.float32)) if with_lse else None
+    first, second = gradients(inputs, wanted, dout, dlse, **more)
+    assert count.taken == 1
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b) and a.dtype is b.dtype and a.stride() == b.stride()
+
+
+def test_gradients_whatever_the_strides(count):
+    inputs = draw(L=9)
+    dout = torch.randn(2, 4, 9, 24)
+    expected = gradients(inputs, (0, 1, 2), dout, None)[0][2:]
+    assert count.taken == 1
+    apart = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs)
+    sparse = torch.stack((dout, dout), -1).flatten(-2)[..., ::2]
+    for given_inputs, given_dout in ((apart, dout), (inputs, dout.transpose(1, 2).contiguous().transpose(1, 2)),
+                                     (apart, sparse)):  # fmt: skip
+        for got in gradients(given_inputs, (0, 1, 2), given_dout, None):
+            for a, b, t in zip(got[2:], expected, given_inputs, strict=True):
+                assert torch.equal(a, b) and a.stride() == t.stride()
+    assert count.taken == 7
+    q, k, v = (t.detach().requires_grad_() for t in inputs)
+    fusedseq.attention(q, k, v).sum().backward()  # an upstream gradient without memory of its own
+    dense = gradients(inputs, (0, 1, 2), torch.ones(2, 4, 9, 24), None)[1]
+    assert torch.equal(q.grad, dense[2]) and torch.equal(k.grad, dense[3]) and torch.equal(v.grad, dense[4])
+
+
+def test_gradients_of_gradients(count):
+    q, k, v = (t.requires_grad_() for t in draw(B=1, Hq=2, Hkv=1, L=3, S=4, E=3, dtype=torch.float64))
+    fusedseq.attention(q, k, v)
+    assert torch.autograd.gradgradcheck(fusedseq.attention, (q, k, v))
+    out = fusedseq.attention(q, k, v)
+    rows = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    (many,) = torch.autograd.grad(out, q, rows, is_grads_batched=True, retain_graph=True)
+    for row, dq in zip(rows, many, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(out, q, row, retain_graph=True)[0], dq)
+    assert count.taken > 2
 
 
 def test_whoever_watches_sees_the_call(count):

@@ -83,6 +83,22 @@ class Plain {
     return true;
   }
 
+  // The gradients of q, k and v, all three; true and false as above.
+  bool backward(int threads, uintptr_t q, const py::tuple& q_strides, uintptr_t k, const py::tuple& k_strides,
+                uintptr_t v, const py::tuple& v_strides, uintptr_t out, const py::tuple& out_strides, uintptr_t lse,
+                uintptr_t dout, const py::tuple& dout_strides, uintptr_t dq, const py::tuple& dq_strides, uintptr_t dk,
+                const py::tuple& dk_strides, uintptr_t dv, const py::tuple& dv_strides) const {
+    AttentionGradParams p{};
+    p.fwd = p_;
+    p.fwd.threads = threads < 1 ? 1 : threads;
+    if (!place(p.fwd.q, q, q_strides) || !place(p.fwd.k, k, k_strides) || !place(p.fwd.v, v, v_strides)) return false;
+    if (!place(p.fwd.out, out, out_strides) || !place(p.dout, dout, dout_strides)) return false;
+    if (!place(p.dq, dq, dq_strides) || !place(p.dk, dk, dk_strides) || !place(p.dv, dv, dv_strides)) return false;
+    p.fwd.lse = reinterpret_cast<void*>(lse);
+    call(active_row().attention_backward, p);
+    return true;
+  }
+
  private:
   static bool place(Heads& t, uintptr_t data, const py::tuple& strides) {
     if (strides.size() != 4 || strides[3].cast<int64_t>() != 1) return false;
@@ -116,7 +132,8 @@ void bind_attention(py::module_& m) {
   m.def("attention_backward", &backward);
   py::class_<Plain>(m, "PlainAttention")
       .def(py::init<const py::tuple&, const py::tuple&>())
-      .def("__call__", &Plain::run);
+      .def("__call__", &Plain::run)
+      .def("backward", &Plain::backward);
 }
 
 }  // namespace fusedseq

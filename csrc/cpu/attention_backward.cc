@@ -26,6 +26,12 @@ class AttentionBackward : AttentionScores<P> {
   using Scores::g;
   using View::p;
 
+  // Sums over rows for one block of keys: the block's own, or where the user wants them.
+  struct Sums {
+    S *dk, *dv;
+    int64_t k_pitch, v_pitch;
+    bool fresh;  // unwritten
+  };
   struct Work {
     typename Scores::Keys keys, picked_keys;
     typename Scores::Rows rows;
@@ -55,7 +61,7 @@ class AttentionBackward : AttentionScores<P> {
         const Range mine = split(this->pairs() * rows() * pitch(), thread, count);
         memset(dq_all + mine.begin, 0, sizeof(S) * size_t(mine.size()));
       }
-      if (direct() && g.dq.data) clear_dq(thread, count);
+      if (direct() && !all_begin()) clear_dq(thread, count);
       if (tickets_)
         for (int64_t n = 0; n < this->pairs(); ++n)
           pack_rows(this->pair(n), split(subs(), thread, count), q_right_all + n * right_size(pitch()),
@@ -106,6 +112,16 @@ class AttentionBackward : AttentionScores<P> {
   bool keys_wanted() const { return g.dk.data || g.dv.data; }  // an empty one is null
   // dq is summed up where the user wants it.
   bool direct() const { return this->groups() == 1 && this->whole(p.E) && g.dq.data; }
+  // Every row sees the first key, so that the first block starts every row of dq.
+  bool all_begin() const {
+    const bool near = p.left >= 0 || (p.right >= 0 && p.causal != 1);
+    return p.S > 0 && !near && !p.key_lengths && !p.cu_q && !p.dense.data && !p.bias.data;
+  }
+  // Likewise dk and dv; rows far apart would be in each other's way in the cache if they were added to often.
+  bool direct_keys() const {
+    const bool close = g.dk.sn == p.E && g.dv.sn == p.Ev;
+    return keys_wanted() && this->whole(p.E) && this->whole(p.Ev) && !this->picks && (close || subs() == 1);
+  }
 
   void place(Arena& arena) {
     for (int t = 0; t < p.threads; ++t) {
@@ -175,11 +191,12 @@ class AttentionBackward : AttentionScores<P> {
     S* const slope = g.dalibi ? slopes + (index * blocks() + at) * a.G : nullptr;
     if (slope)
       for (int64_t h = 0; h < a.G; ++h) slope[h] = 0;
-    memset(w.dk, 0, sizeof(S) * size_t(kKeys * pitch()));
-    memset(w.dv, 0, sizeof(S) * size_t(kKeys * v_pitch()));
+    Sums sums{w.dk, w.dv, pitch(), v_pitch(), true}, picked{w.picked_dk, w.picked_dv, pitch(), v_pitch(), true};
+    if (direct_keys()) {
+      sums = {static_cast<S*>(g.dk.data) + View::key_at(g.dk, a, k, 0),
+              static_cast<S*>(g.dv.data) + View::key_at(g.dv, a, k, 0), g.dk.sn, g.dv.sn, true};
+    }
     if (far.n > 0) {
-      memset(w.picked_dk, 0, sizeof(S) * size_t(kKeys * pitch()));
-      memset(w.picked_dv, 0, sizeof(S) * size_t(kKeys * v_pitch()));
       this->pack_keys(w.picked_keys, a, far);
       w.picked_k = this->right(p.k, a, far, p.E, w.picked_rows);
     }
@@ -199,27 +216,35 @@ class AttentionBackward : AttentionScores<P> {
           w.k = this->right(p.k, a, k, p.E, w.k_rows);
           packed = true;
         }
-        rows_of_block(w, index, a, k, r0, n, w.keys, w.k, w.dk, w.dv, slope, ticket, turn, mine);
+        rows_of_block(w, index, a, k, r0, n, w.keys, w.k, sums, slope, ticket, turn, mine);
       }
       if (far.n > 0)
-        rows_of_block(w, index, a, far, r0, n, w.picked_keys, w.picked_k, w.picked_dk, w.picked_dv, slope, ticket, turn,
-                      mine);
+        rows_of_block(w, index, a, far, r0, n, w.picked_keys, w.picked_k, picked, slope, ticket, turn, mine);
       if (tickets_) {
         if (!mine) await(ticket, turn);
         __atomic_store_n(ticket, int32_t(turn + 1), __ATOMIC_RELEASE);
       }
     }
-    for (int i = 0; i < far.n; ++i) {
+    if (!keys_wanted()) return;
+    if (sums.fresh) clear(sums, k.n);
+    for (int i = 0; i < far.n && !picked.fresh; ++i) {
       const int64_t to = far.picked[i] - k.j0;
       for (int64_t e = 0; e < pitch(); e += L)
         store(w.dk + to * pitch() + e, load(w.dk + to * pitch() + e) + load(w.picked_dk + i * pitch() + e));
       for (int64_t e = 0; e < v_pitch(); e += L)
         store(w.dv + to * v_pitch() + e, load(w.dv + to * v_pitch() + e) + load(w.picked_dv + i * v_pitch() + e));
     }
-    if (!keys_wanted()) return;
+    if (direct_keys()) return;
     for (int j = 0; j < k.n; ++j) {
       store_row(g.dk.data, p.dtype, View::key_at(g.dk, a, k, j), w.dk + j * pitch(), p.E);
       store_row(g.dv.data, p.dtype, View::key_at(g.dv, a, k, j), w.dv + j * v_pitch(), p.Ev);
+    }
+  }
+
+  void clear(const Sums& s, int64_t keys) const {
+    for (int64_t j = 0; j < keys; ++j) {
+      memset(s.dk + j * s.k_pitch, 0, sizeof(S) * size_t(pitch()));
+      memset(s.dv + j * s.v_pitch, 0, sizeof(S) * size_t(v_pitch()));
     }
   }
 
@@ -232,7 +257,7 @@ class AttentionBackward : AttentionScores<P> {
 
   // n rows against one block of keys: their part of dk and dv, and the block's part of their dq.
   void rows_of_block(Work& w, int64_t index, const Pair& a, const KeyBlock<S>& k, int64_t r0, int64_t n,
-                     const typename Scores::Keys& keys, const RightRows<P>& k_right, S* dk, S* dv, S* slope,
+                     const typename Scores::Keys& keys, const RightRows<P>& k_right, Sums& sums, S* slope,
                      int32_t* ticket, int64_t turn, bool& mine) {
     typename Scores::Span spans[kSub];
     const int count = this->scores(a, k, r0, n, keys, w.rows, false, spans, slope);
@@ -251,8 +276,12 @@ class AttentionBackward : AttentionScores<P> {
       const int64_t of = tickets_ ? index : 0;
       S* const q_right = (tickets_ ? q_right_all : w.q_right) + (in_place(p.E) ? 0 : of * right_size(pitch()));
       S* const do_right = (tickets_ ? do_right_all : w.do_right) + (in_place(p.Ev) ? 0 : of * right_size(v_pitch()));
-      over_rows(spans, count, n, right_ds, packed_rows(p.q, a, r0, n, p.E, q_right), pitch(), dk);
-      over_rows(spans, count, n, right_pd, packed_rows(g.dout, a, r0, n, p.Ev, do_right), v_pitch(), dv);
+      const int64_t fresh = sums.fresh ? k.n : 0;
+      over_rows(spans, count, fresh, right_ds, packed_rows(p.q, a, r0, n, p.E, q_right), pitch(), sums.dk,
+                sums.k_pitch);
+      over_rows(spans, count, fresh, right_pd, packed_rows(g.dout, a, r0, n, p.Ev, do_right), v_pitch(), sums.dv,
+                sums.v_pitch);
+      sums.fresh = false;
     }
     if (!g.dq.data) return;
     if (!mine) {
@@ -260,6 +289,7 @@ class AttentionBackward : AttentionScores<P> {
       mine = true;
     }
     S* dq;
+    const bool starts = direct() && all_begin() && turn == 0;
     int64_t dq_pitch = pitch();
     if (direct()) {
       dq = static_cast<S*>(g.dq.data) + this->row_at(g.dq, a, r0);
@@ -272,31 +302,37 @@ class AttentionBackward : AttentionScores<P> {
         const int64_t from = s->v0 * L;
         S* const to = dq + s->row * dq_pitch + v * L;
         multiply(Tile<P>{s->m, u, left + s->row * kKeys + from, kKeys, P::per_word,
-                         k_right.panel(v, from / P::per_word, u), k_right.panel_pitch(u), words<P>(s->end - from), to,
-                         dq_pitch, to, dq_pitch});
+                         k_right.panel(v, from / P::per_word, u), k_right.panel_pitch(u), words<P>(s->end - from),
+                         starts ? nullptr : to, dq_pitch, to, dq_pitch});
       }
     });
   }
 
-  // sums[key] += the rows' column of `left` times the rows of `right`, where left has kKeys columns.
-  void over_rows(const typename Scores::Span* spans, int count, int64_t n, const Value* left, const RightRows<P>& right,
-                 int64_t pitch, S* sums) const {
-    int64_t from = kKeys, to = 0;
+  // sums[key] += the rows' column of `left` times the rows of `right`, where left has kKeys columns. The first `fresh`
+  // keys have no sums yet.
+  void over_rows(const typename Scores::Span* spans, int count, int64_t fresh, const Value* left,
+                 const RightRows<P>& right, int64_t width, S* sums, int64_t pitch) const {
+    int64_t from = fresh ? 0 : kKeys, to = fresh;
     for (int s = 0; s < count; ++s) {
       from = min64(from, spans[s].v0 * L);
       to = max64(to, spans[s].end);
     }
-    for_panels(0, pitch / L, kMaxPanel, [&](int64_t v, int u) {
+    for_panels(0, width / L, kMaxPanel, [&](int64_t v, int u) {
       for_row_tiles(to - from, kMaxPanel, [&](int64_t t, int m) {
         const int64_t key = from + t;
         int first = 0, last = count;  // rows that see none of these keys are left out
         while (first < last && !(spans[first].v0 * L < key + m && spans[first].end > key)) ++first;
         while (last > first && !(spans[last - 1].v0 * L < key + m && spans[last - 1].end > key)) --last;
-        if (first == last) return;
-        const int64_t begin = spans[first].row / P::per_word, end = words<P>(spans[last - 1].row + spans[last - 1].m);
         S* const to_sums = sums + key * pitch + v * L;
+        if (first == last) {
+          if (fresh)
+            for (int j = 0; j < m; ++j) memset(to_sums + j * pitch, 0, sizeof(S) * size_t(u * L));
+          return;
+        }
+        const int64_t begin = spans[first].row / P::per_word, end = words<P>(spans[last - 1].row + spans[last - 1].m);
         multiply(Tile<P>{m, u, left + (begin * kKeys + key) * P::per_word, P::per_word, kKeys * P::per_word,
-                         right.panel(v, begin, u), right.panel_pitch(u), end - begin, to_sums, pitch, to_sums, pitch});
+                         right.panel(v, begin, u), right.panel_pitch(u), end - begin, fresh ? nullptr : to_sums, pitch,
+                         to_sums, pitch});
       });
     });
   }

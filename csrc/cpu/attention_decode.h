@@ -1,19 +1,17 @@
 // Attention forward for few queries and many keys (decoding): at most kThin rows in every pair.
 //
-// A few rows read keys as they lie in memory; from kPacking on it pays to lay each block of them out for products that
-// have keys in their lanes, whose sums need no folding. A pair is cut along its keys, kPart at a time, so that all
-// threads share the work of one long sequence; the parts are merged in order. The cut depends on S alone, not on the
-// threads or the batch.
+// A pair is cut along its keys, kPart at a time, so that all threads share the work of one long sequence; the parts are
+// merged in order. The cut depends on S alone, not on the threads or the batch.
 #pragma once
-#include "cpu/attention.h"
+#include "cpu/attention_few.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 
-constexpr int64_t kThin = 8, kPacking = 4, kPart = 256;
+constexpr int64_t kPart = 256;
 
 template <class P>
-class AttentionDecode : AttentionView<P> {
+class AttentionDecode : public AttentionView<P> {
   typedef AttentionView<P> View;
   typedef typename P::Sum S;
   typedef Vec<S> V;
@@ -34,11 +32,7 @@ class AttentionDecode : AttentionView<P> {
  public:
   explicit AttentionDecode(const AttentionParams& p) : View(p) {}
 
-  // What a row computes may depend on L and S, not on the batch.
-  static bool takes(const AttentionParams& p) {
-    const View view(p);
-    return !p.cu_q && p.L * view.groups() <= kThin && !view.picks;
-  }
+  static bool takes(const AttentionParams& p) { return has_few_rows(View(p)); }
 
   Status run() {
     Arena arena;
@@ -67,7 +61,7 @@ class AttentionDecode : AttentionView<P> {
     for (int t = 0; t < p.threads; ++t) {
       Work& w = work[t];
       w.rows = arena.take<S>(kThin * p.E);
-      w.keys = arena.take<S>(p.L * this->groups() < kPacking ? 0 : kKeys * p.E);
+      w.keys = arena.take<S>(has_unpacked_keys(*this) ? 0 : kKeys * p.E);
       w.values = arena.take<S>(kKeys * pitch());
       w.scores = arena.take<S>(kThin * kKeys);
       w.out = arena.take<S>(kThin * pitch());
@@ -108,7 +102,7 @@ class AttentionDecode : AttentionView<P> {
 
   void block(Work& w, const Pair& a, int64_t rows, const KeyBlock<S>& k) {
     Span spans[kThin];
-    const bool packed = rows >= kPacking;
+    const bool packed = !has_unpacked_keys(*this);
     int count = 0;
     for_row_tiles(rows, kMaxPanel, [&](int64_t t, int m) {
       const Query<S>* const q = w.queries + t;
@@ -120,7 +114,7 @@ class AttentionDecode : AttentionView<P> {
         if (count == 0) this->transposed(p.k, a, k, p.E, w.keys);
         this->products({w.rows, p.E}, s.row, s.m, w.keys, p.E, s.v0, s.v1, x);
       } else {
-        dot_products(w, a, k, s, x);
+        dot_products(*this, a, k, w.rows + s.row * p.E, p.E, s.m, s.v0, s.v1, x);
       }
       for (int i = 0; i < m; ++i) {
         const int64_t row = t + i;
@@ -150,15 +144,6 @@ class AttentionDecode : AttentionView<P> {
       for (int64_t e = 0; e < p.E * size; e += 64) __builtin_prefetch(k + e, 0, 2);
       for (int64_t e = 0; e < p.Ev * size; e += 64) __builtin_prefetch(v + e, 0, 2);
     }
-  }
-
-  // Products with keys as they lie in memory.
-  void dot_products(const Work& w, const Pair& a, const KeyBlock<S>& k, const Span& s, S* out) const {
-    alignas(64) static const S zero[L] = {};
-    const char* const keys = static_cast<const char*>(p.k.data) + View::key_at(p.k, a, k, 0) * dtype_size(p.dtype);
-    for (int v = s.v0; v < s.v1; ++v)
-      dots(Dots<S>{w.rows + s.row * p.E, p.E, s.m, keys, p.dtype, v * L, min64(L, k.n - v * L), p.E, zero, 0,
-                   out + v * L, kKeys, p.k.sn});
   }
 
   // One row's scores into weights, and all that was summed before to the new maximum. What a vector holds depends on

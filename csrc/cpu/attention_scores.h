@@ -2,7 +2,7 @@
 //
 // With D = dout . out - dlse of a row, the gradient of its logit is P (dP - D), where dP = dout . v (0 where dropped).
 #pragma once
-#include "cpu/attention.h"
+#include "cpu/attention_few.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -99,8 +99,15 @@ class AttentionScores : public AttentionView<P> {
       spans[found++] = {int(t), m, int(seen.begin / L), int((seen.end + L - 1) / L), seen.end};
     });
     // One operand after the other: both together do not fit the first-level cache.
-    for (const Span* s = spans; s != spans + found; ++s)
-      this->products(rows.q, s->row, s->m, keys.k, p.E, s->v0, s->v1, rows.scores + s->row * kKeys);
+    for (const Span* s = spans; s != spans + found; ++s) {
+      S* const to = rows.scores + s->row * kKeys;
+      if constexpr (P::per_word == 1)
+        if (has_unpacked_keys(*this)) {
+          dot_products(*this, a, k, rows.q.base + s->row * rows.q.pitch, rows.q.pitch, s->m, s->v0, s->v1, to);
+          continue;
+        }
+      this->products(rows.q, s->row, s->m, keys.k, p.E, s->v0, s->v1, to);
+    }
     for (const Span* s = spans; s != spans + found; ++s)
       this->products(rows.dout, s->row, s->m, keys.v, p.Ev, s->v0, s->v1, rows.values + s->row * kKeys);
     for (const Span* s = spans; s != spans + found; ++s)

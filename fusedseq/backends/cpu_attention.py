@@ -114,13 +114,14 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 class PlainAttention:
-    """Forward of q, k and v alone, for calls that repeat: sizes, dtype and numbers are those of the problem given."""
+    """q, k and v alone, for calls that repeat: sizes, dtype and numbers are those of the problem given."""
 
-    __slots__ = ("_lse", "_out", "_run")
+    __slots__ = ("_backward", "_lse", "_out", "_run")
 
     def __init__(self, p: Problem) -> None:
         call = _Call(p)
         self._run = _core.PlainAttention(call.sizes, call.numbers)
+        self._backward = self._run.backward
         # What results are made like; of one element, however large they are.
         self._out = p.v.new_empty(1).expand(*p.q.shape[:3], p.v.shape[3])
         self._lse = p.v.new_empty(1, dtype=call.compute).expand(p.q.shape[:3])
@@ -136,6 +137,18 @@ class PlainAttention:
             out.stride(), lse.data_ptr(),
         )  # fmt: skip
         return (out, lse) if done else None
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `attention_backward` gives for all three, or None as above."""
+        dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+        done = self._backward(
+            _threads(), q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), out.data_ptr(),
+            out.stride(), lse.data_ptr(), dout.data_ptr(), dout.stride(), dq.data_ptr(), dq.stride(), dk.data_ptr(),
+            dk.stride(), dv.data_ptr(), dv.stride(),
+        )  # fmt: skip
+        return (dq, dk, dv) if done else None
 
 
 def plain_attention(p: Problem) -> PlainAttention | None:

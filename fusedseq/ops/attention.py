@@ -20,7 +20,6 @@ from fusedseq.ops import attention_check as check
 from fusedseq.ops import attention_library as library
 from fusedseq.ops import attention_repeat
 from fusedseq.ops.check import _bad_value, _shape
-from fusedseq.ops.derivative import is_watched
 from fusedseq.ops.mask import Mask
 from fusedseq.ops.scan import (
     _PLAIN,
@@ -64,12 +63,7 @@ class Attention(_SingleLevelFunction):
             return (None,) * (2 + library.DIFFERENTIABLE)
         *tensors, out, lse = ctx.saved_tensors
         p = Problem(*tensors, *ctx.numbers)
-        needs = library.needed(p, ctx.needs_input_grad[2:])
-        if is_watched(dout, dlse):
-            grads = library.call_backward(p, out, lse, dout, dlse, needs, ctx.backend.name)
-        else:
-            grads = ctx.backend.attention_backward(p, out, lse, dout, dlse, needs)
-        return (None, None, *grads)
+        return (None, None, *library.gradients(ctx.backend, p, out, lse, dout, dlse, ctx.needs_input_grad[2:]))
 
 
 def run(p: Problem) -> tuple[Tensor, Tensor]:
@@ -89,9 +83,7 @@ def run(p: Problem) -> tuple[Tensor, Tensor]:
     p = check.data(p)
     grad = _is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     backend = registry.choose(registry.attention_call(p, grad))
-    if grad:
-        return Attention.apply(backend, p, *inputs)
-    result = backend.attention_forward(p)
+    result = Attention.apply(backend, p, *inputs) if grad else backend.attention_forward(p)
     attention_repeat.remember(p, backend)
     return result
 

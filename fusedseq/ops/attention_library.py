@@ -8,6 +8,7 @@ differentiate and map the operators; second derivatives and forward mode go thro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fusedseq import registry
 from fusedseq.backends import reference
 from fusedseq.ops import attention_check as check
 from fusedseq.ops import batching
-from fusedseq.ops.derivative import _below, _dual
+from fusedseq.ops.derivative import _below, _dual, is_watched
 from fusedseq.reference.attention import Problem
 
 DIFFERENTIABLE = 6  # the first fields of a Problem: q, k, v, bias, alibi_slopes, sinks
@@ -105,6 +106,23 @@ def call_backward(
     """The operator, with None for what is not needed."""
     grads = _attention_backward(dout, dlse, *p, out, lse, list(needs), backend)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def gradients(
+    backend: ModuleType,
+    p: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    flags: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of `p.inputs()` where flagged, by the backend that ran forward; by the operator if they are differentiated."""
+    needs = needed(p, flags)
+    if is_watched(dout, dlse):
+        return call_backward(p, out, lse, dout, dlse, needs, backend.name)
+    grads: tuple[Tensor | None, ...] = backend.attention_backward(p, out, lse, dout, dlse, needs)
+    return grads
 
 
 def needed(p: Problem, flags: Sequence[bool]) -> list[bool]:
