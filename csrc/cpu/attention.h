@@ -317,12 +317,13 @@ class AttentionView {
   }
   // Keys of a block as a right operand over the size of a head: panels of kMaxPanel vectors of keys.
   void transposed(const Heads& t, const Pair& a, const KeyBlock<S>& k, int64_t width, S* dst) const {
+    for (int v = 0; v * L < k.n; ++v) transposed(t, a, k, width, dst, v);
+  }
+  void transposed(const Heads& t, const Pair& a, const KeyBlock<S>& k, int64_t width, S* dst, int v) const {
     int64_t at[L];
-    for (int v = 0; v * L < k.n; ++v) {
-      const int64_t count = min64(L, k.n - v * L);
-      for (int64_t i = 0; i < count; ++i) at[i] = key_at(t, a, k, v * L + i);
-      pack_transposed<P>(panel(dst, v, width), kMaxPanel * L, t.data, p.dtype, at, count, width);
-    }
+    const int64_t count = min64(L, k.n - v * L);
+    for (int64_t i = 0; i < count; ++i) at[i] = key_at(t, a, k, v * L + i);
+    pack_transposed<P>(panel(dst, v, width), kMaxPanel * L, t.data, p.dtype, at, count, width);
   }
   static S* panel(S* base, int v, int64_t width) {
     return base + v / kMaxPanel * kMaxPanel * L * words<P>(width) + v % kMaxPanel * L;

@@ -28,6 +28,25 @@ class AttentionDecode : public AttentionView<P> {
     int row, m, v0, v1;
     int64_t end;
   };
+  // Keys and values that come next, on their way into the caches: a few at a time between the steps of a block, since
+  // what is asked for at once beyond the buffers for misses holds up all that follows.
+  struct Ahead {
+    const AttentionDecode& view;
+    const Pair& a;
+    int64_t next, end;
+
+    void fetch(int64_t keys) {
+      const AttentionParams& p = view.p;
+      const int64_t size = dtype_size(p.dtype), to = min64(end, next + keys);
+      for (; next < to; ++next) {
+        const KeyBlock<S> one{next, 1, nullptr};
+        const char* const k = static_cast<const char*>(p.k.data) + View::key_at(p.k, a, one, 0) * size;
+        const char* const v = static_cast<const char*>(p.v.data) + View::key_at(p.v, a, one, 0) * size;
+        for (int64_t e = 0; e < p.E * size; e += 64) __builtin_prefetch(k + e, 0, 2);
+        for (int64_t e = 0; e < p.Ev * size; e += 64) __builtin_prefetch(v + e, 0, 2);
+      }
+    }
+  };
 
  public:
   explicit AttentionDecode(const AttentionParams& p) : View(p) {}
@@ -89,8 +108,9 @@ class AttentionDecode : public AttentionView<P> {
     const int64_t first = max64(w.queries[0].begin, number * kPart);
     const int64_t last = min64(w.queries[rows - 1].end, (number + 1) * kPart);
     for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
-      fetch(a, j + kKeys, min64(last, j + 2 * kKeys));
-      block(w, a, rows, {j, int(min64(kKeys, last - j)), nullptr});
+      Ahead ahead{*this, a, j + kKeys, min64(last, j + 2 * kKeys)};
+      block(w, a, rows, {j, int(min64(kKeys, last - j)), nullptr}, ahead);
+      ahead.fetch(kKeys);
     }
     const int64_t at = (index * parts() + number) * rows;
     for (int64_t r = 0; r < rows; ++r) {
@@ -100,7 +120,7 @@ class AttentionDecode : public AttentionView<P> {
     memcpy(part_out + at * pitch(), w.out, sizeof(S) * size_t(rows * pitch()));
   }
 
-  void block(Work& w, const Pair& a, int64_t rows, const KeyBlock<S>& k) {
+  void block(Work& w, const Pair& a, int64_t rows, const KeyBlock<S>& k, Ahead& ahead) {
     Span spans[kThin];
     const bool packed = !has_unpacked_keys(*this);
     int count = 0;
@@ -111,14 +131,20 @@ class AttentionDecode : public AttentionView<P> {
       const Span s{int(t), m, int(seen.begin / L), int((seen.end + L - 1) / L), seen.end};
       S* const x = w.scores + t * kKeys;
       if (packed) {
-        if (count == 0) this->transposed(p.k, a, k, p.E, w.keys);
+        if (count == 0)
+          for (int v = 0; v * L < k.n; ++v) {
+            this->transposed(p.k, a, k, p.E, w.keys, v);
+            ahead.fetch(4);
+          }
         this->products({w.rows, p.E}, s.row, s.m, w.keys, p.E, s.v0, s.v1, x);
+        ahead.fetch(4);
       } else {
         dot_products(*this, a, k, w.rows + s.row * p.E, p.E, s.m, s.v0, s.v1, x);
       }
       for (int i = 0; i < m; ++i) {
         const int64_t row = t + i;
         soften(a, w.queries[row], k, s, x + i * kKeys, w.top[row], w.sums + row * L, w.out + row * pitch());
+        ahead.fetch(4);
       }
       spans[count++] = s;
     });
@@ -130,20 +156,9 @@ class AttentionDecode : public AttentionView<P> {
         const int64_t from = s->v0 * L;
         multiply(Tile<P>{s->m, u, w.scores + s->row * kKeys + from, kKeys, P::per_word, values.panel(v, from, u),
                          values.panel_pitch(u), s->end - from, o, pitch(), o, pitch()});
+        ahead.fetch(4);
       }
     });
-  }
-
-  // Keys and values that come next, on their way into the caches.
-  void fetch(const Pair& a, int64_t from, int64_t to) const {
-    const int64_t size = dtype_size(p.dtype);
-    for (int64_t j = from; j < to; ++j) {
-      const KeyBlock<S> one{j, 1, nullptr};
-      const char* const k = static_cast<const char*>(p.k.data) + View::key_at(p.k, a, one, 0) * size;
-      const char* const v = static_cast<const char*>(p.v.data) + View::key_at(p.v, a, one, 0) * size;
-      for (int64_t e = 0; e < p.E * size; e += 64) __builtin_prefetch(k + e, 0, 2);
-      for (int64_t e = 0; e < p.Ev * size; e += 64) __builtin_prefetch(v + e, 0, 2);
-    }
   }
 
   // One row's scores into weights, and all that was summed before to the new maximum. What a vector holds depends on
