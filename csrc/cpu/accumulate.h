@@ -5,14 +5,19 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// acc[r][v] += sum_k a[r * row + k * step] * b[k * pitch][v] over K words.
-template <class P, int NV, int M>
+struct Nothing {
+  inline __attribute__((always_inline)) void operator()() const {}
+};
+
+// acc[r][v] += sum_k a[r * row + k * step] * b[k * pitch][v] over K words, and `each` besides at every word.
+template <class P, int NV, int M, class Each = Nothing>
 FSQ_INLINE void accumulate(Vec<typename P::Sum> (&acc)[M][NV], const typename P::Value* a, int64_t row, int64_t step,
-                           const typename P::Sum* b, int64_t pitch, int64_t K) {
+                           const typename P::Sum* b, int64_t pitch, int64_t K, Each&& each = Each()) {
   typedef Vec<typename P::Sum> V;
   // A column of a and one vector of b at a time, if the sums leave room for that; else a row of b and one value of a.
   constexpr bool column_fits = M * NV + M + 1 <= kRegisters;
   for (; K > 0; --K, b += pitch, a += step) {
+    each();
     if constexpr (!column_fits) {
       V w[NV];
 #pragma GCC unroll 4

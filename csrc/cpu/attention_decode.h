@@ -28,25 +28,50 @@ class AttentionDecode : public AttentionView<P> {
     int row, m, v0, v1;
     int64_t end;
   };
-  // Keys and values that come next, on their way into the caches: a few at a time between the steps of a block, since
-  // what is asked for at once beyond the buffers for misses holds up all that follows.
+  // Keys and then values that come next, on their way into the caches in the order of memory: two lines with each step
+  // of a product, since what is asked for at once beyond the buffers for misses holds up all that follows.
   struct Ahead {
-    const AttentionDecode& view;
-    const Pair& a;
-    int64_t next, end;
+    struct Run {
+      const char* row;  // the next row
+      int64_t step, lines, rows;
+    };
+    Run now, then;
+    const char* at;
+    int64_t left = 0;  // lines of the row at `at`
 
-    void fetch(int64_t keys) {
-      const AttentionParams& p = view.p;
-      const int64_t size = dtype_size(p.dtype), to = min64(end, next + keys);
-      for (; next < to; ++next) {
-        const KeyBlock<S> one{next, 1, nullptr};
-        const char* const k = static_cast<const char*>(p.k.data) + View::key_at(p.k, a, one, 0) * size;
-        const char* const v = static_cast<const char*>(p.v.data) + View::key_at(p.v, a, one, 0) * size;
-        for (int64_t e = 0; e < p.E * size; e += 64) __builtin_prefetch(k + e, 0, 2);
-        for (int64_t e = 0; e < p.Ev * size; e += 64) __builtin_prefetch(v + e, 0, 2);
+    Ahead(const View& view, const Pair& a, int64_t from, int64_t to)
+        : now(run(view, view.p.k, a, from, to, view.p.E)), then(run(view, view.p.v, a, from, to, view.p.Ev)) {}
+    static Run run(const View& view, const Heads& t, const Pair& a, int64_t from, int64_t to, int64_t width) {
+      const int64_t size = dtype_size(view.p.dtype);
+      if (from >= to) return {nullptr, 0, 0, 0};
+      const char* const row = static_cast<const char*>(t.data) + View::key_at(t, a, {from, 1, nullptr}, 0) * size;
+      return {row, t.sn * size, (width * size + 63) / 64, to - from};
+    }
+    void line() {
+      if (left == 0) {
+        if (now.rows == 0) {
+          if (then.rows == 0) return;
+          now = then;
+          then.rows = 0;
+        }
+        at = now.row;
+        left = now.lines;
+        now.row += now.step;
+        --now.rows;
       }
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+      --left;
+    }
+    void operator()() {
+      line();
+      line();
+    }
+    void some() {
+      for (int i = 0; i < kMisses; ++i) line();
     }
   };
+  static constexpr int kMisses = 16;
 
  public:
   explicit AttentionDecode(const AttentionParams& p) : View(p) {}
@@ -62,7 +87,10 @@ class AttentionDecode : public AttentionView<P> {
     Barrier all;
     parallel(p.threads, [&](int thread, int count) {
       Work& w = work[thread];
-      for (int64_t j; (j = jobs.take()) < this->pairs() * parts();) part(w, j / parts(), j % parts());
+      // Parts that follow each other in memory, if there are enough for everyone.
+      const int64_t all_parts = this->pairs() * parts(), run = max64(1, min64(4, all_parts / (8 * count)));
+      for (int64_t j; (j = jobs.take() * run) < all_parts;)
+        for (int64_t n = j; n < min64(all_parts, j + run); ++n) part(w, n / parts(), n % parts());
       all.wait(count);
       for (int64_t j; (j = merges.take()) < this->pairs();) merge(w, j);
     });
@@ -106,11 +134,10 @@ class AttentionDecode : public AttentionView<P> {
     memset(w.sums, 0, sizeof(S) * size_t(rows * L));
     memset(w.out, 0, sizeof(S) * size_t(rows * pitch()));
     const int64_t first = max64(w.queries[0].begin, number * kPart);
-    const int64_t last = min64(w.queries[rows - 1].end, (number + 1) * kPart);
+    const int64_t end = w.queries[rows - 1].end, last = min64(end, (number + 1) * kPart);
     for (int64_t j = first / kKeys * kKeys; j < last; j += kKeys) {
-      Ahead ahead{*this, a, j + kKeys, min64(last, j + 2 * kKeys)};
+      Ahead ahead(*this, a, j + kKeys, min64(end, j + 2 * kKeys));
       block(w, a, rows, {j, int(min64(kKeys, last - j)), nullptr}, ahead);
-      ahead.fetch(kKeys);
     }
     const int64_t at = (index * parts() + number) * rows;
     for (int64_t r = 0; r < rows; ++r) {
@@ -134,17 +161,21 @@ class AttentionDecode : public AttentionView<P> {
         if (count == 0)
           for (int v = 0; v * L < k.n; ++v) {
             this->transposed(p.k, a, k, p.E, w.keys, v);
-            ahead.fetch(4);
+            ahead.some();
           }
-        this->products({w.rows, p.E}, s.row, s.m, w.keys, p.E, s.v0, s.v1, x);
-        ahead.fetch(4);
+        if (p.E > kChain) this->products({w.rows, p.E}, s.row, s.m, w.keys, p.E, s.v0, s.v1, x);
+        for (int v = s.v0, next; v < s.v1 && p.E <= kChain; v = next) {
+          next = int(min64(s.v1, (v / kMaxPanel + 1) * kMaxPanel));
+          multiply({w.rows + s.row * p.E, p.E, 1, View::panel(w.keys, v, p.E), kMaxPanel * L, p.E, x + v * L, kKeys},
+                   next - v, s.m, false, ahead);
+        }
       } else {
         dot_products(*this, a, k, w.rows + s.row * p.E, p.E, s.m, s.v0, s.v1, x);
       }
       for (int i = 0; i < m; ++i) {
         const int64_t row = t + i;
         soften(a, w.queries[row], k, s, x + i * kKeys, w.top[row], w.sums + row * L, w.out + row * pitch());
-        ahead.fetch(4);
+        ahead.some();
       }
       spans[count++] = s;
     });
@@ -154,11 +185,50 @@ class AttentionDecode : public AttentionView<P> {
       for (const Span* s = spans; s != spans + count; ++s) {
         S* const o = w.out + s->row * pitch() + v * L;
         const int64_t from = s->v0 * L;
-        multiply(Tile<P>{s->m, u, w.scores + s->row * kKeys + from, kKeys, P::per_word, values.panel(v, from, u),
-                         values.panel_pitch(u), s->end - from, o, pitch(), o, pitch()});
-        ahead.fetch(4);
+        multiply({w.scores + s->row * kKeys + from, kKeys, 1, values.panel(v, from, u), values.panel_pitch(u),
+                  s->end - from, o, pitch()},
+                 u, s->m, true, ahead);
       }
     });
+  }
+
+  // out[r][v] (+)= sum_k a[r * row + k * step] b[k * pitch][v], as `cpu/gemm.h` sums it up.
+  struct Product {
+    const S* a;
+    int64_t row, step;
+    const S* b;
+    int64_t pitch, K;
+    S* out;
+    int64_t out_pitch;
+  };
+  template <int NV, int M>
+  static void product(const Product& t, bool onto, Ahead& ahead) {
+    V acc[M][NV] = {};
+    if (onto)
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = load(t.out + r * t.out_pitch + v * L);
+    accumulate<P, NV, M>(acc, t.a, t.row, t.step, t.b, t.pitch, t.K, ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(t.out + r * t.out_pitch + v * L, acc[r][v]);
+  }
+  typedef void (*Code)(const Product&, bool, Ahead&);
+  template <int NV, int M>
+  static constexpr Code code() {
+    return product < NV, M <= tile_rows(NV) ? M : 1 > ;
+  }
+  static void multiply(const Product& t, int nv, int m, bool onto, Ahead& ahead) {
+#define FSQ_HEIGHTS(NV)                                                                                      \
+  {                                                                                                          \
+    code<NV, 1>(), code<NV, 2>(), code<NV, 3>(), code<NV, 4>(), code<NV, 5>(), code<NV, 6>(), code<NV, 7>(), \
+        code<NV, 8>()                                                                                        \
+  }
+    static constexpr Code codes[kMaxPanel][kMaxTile] = {FSQ_HEIGHTS(1), FSQ_HEIGHTS(2), FSQ_HEIGHTS(3), FSQ_HEIGHTS(4)};
+#undef FSQ_HEIGHTS
+    codes[nv - 1][m - 1](t, onto, ahead);
   }
 
   // One row's scores into weights, and all that was summed before to the new maximum. What a vector holds depends on
