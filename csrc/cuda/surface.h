@@ -22,5 +22,6 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
 std::string cuda_attention_forward(const CudaAttentionParams& p);
+std::string cuda_attention_backward(const CudaAttentionGradParams& p);
 
 }  // namespace fusedseq
