@@ -44,5 +44,8 @@ inline int64_t section(const AttentionParams& p) {
   return fit < 1 ? 1 : fit < pairs ? fit : pairs;
 }
 
+// Of the parts that attention_forward has left.
+std::string attention_merge_parts(const CudaAttentionParams& c);
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -257,7 +257,7 @@ constexpr int64_t kFewRows = 16;
 using namespace FSQ_ISA;
 
 std::string cuda_attention_forward(const CudaAttentionParams& c) {
-  return for_heads(c.a, [&](auto e, auto w) -> std::string {
+  const std::string error = for_heads(c.a, [&](auto e, auto w) -> std::string {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
     if (c.a.L * (c.a.Hq / c.a.Hkv) <= kFewRows && !c.a.cu_q) return launch<E, W, false, 1, 1>(c);
@@ -265,6 +265,7 @@ std::string cuda_attention_forward(const CudaAttentionParams& c) {
     if (plain_logits(c.a)) return launch<E, W, true, 4, kPlainTiles>(c);
     return launch<E, W, false, kWarps, 1>(c);
   });
+  return error.empty() && c.parts > 1 ? attention_merge_parts(c) : error;
 }
 
 }  // namespace fusedseq
