@@ -30,3 +30,10 @@ def previous(cell: int, dtype: int, sizes: tuple[int, ...], named: dict[str, Any
 def attention_forward(
     sizes: tuple[int, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], named: dict[str, Any]
 ) -> None: ...
+def attention_backward(
+    sizes: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    options: tuple[Any, ...],
+    named: dict[str, Any],
+    grads: tuple[Any, ...],
+) -> None: ...

@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads)
 
 std::string attention_backward_bias(const CudaAttentionGradParams& g) {
   const AttentionParams& p = g.fwd.a;
-  const Layout layout{tiles_of(p.L, kRows), tiles_of(p.S, kKeys), p.cu_q ? p.N : p.B, aligned(p.q), aligned(p.k),
-                      aligned(p.v), aligned(g.dout)};
+  const Layout layout{tiles_of(p.L, kRows), tiles_of(p.S, kKeys), p.cu_q ? p.N : p.B, aligned(p.q),
+                      aligned(p.k),         aligned(p.v),         aligned(g.dout)};
   const int64_t jobs = (g.dbias.ss ? layout.key_tiles : 1) * (g.dbias.sl ? layout.row_tiles : 1) *
                        (g.dbias.sh ? p.Hq : 1) * (g.dbias.sb ? layout.sequences : 1);
   if (jobs == 0) return "";

@@ -1,5 +1,5 @@
-// Attention's backward pass, keys: a CTA owns the gradients of a tile of keys and values and goes over the rows that see
-// them, which are the queries of all heads of their group.
+// Attention's backward pass, keys: a CTA owns the gradients of a tile of keys and values and goes over the rows that
+// see them, which are the queries of all heads of their group.
 //
 // Keys are the rows of the accumulators, 16 MT to a warp, so that P^T and dS^T are left operands of the next products
 // as they come out of the first two, and nothing but tensors passes through shared memory. Rows come in tiles of
@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
     ptx::cp_async_commit();
     memory.rows.part(at, K::kStream).fill(g, s, thread, K::kThreads, query);
     if (!PLAIN && p.dropout)
-      memory.kept.part(at, K::kStream)
-          .fill(random, s, K::kStream, s.k0 + j0, K::kOwn, thread, K::kThreads, query);
+      memory.kept.part(at, K::kStream).fill(random, s, K::kStream, s.k0 + j0, K::kOwn, thread, K::kThreads, query);
   };
 
   // Which of this thread's keys are seen from everywhere.
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
   ptx::cp_async_wait<0>();
 
   // Keys behind the length of a row have a gradient too, which is 0.
-  const auto store = [&](const float(&sums)[MT][W / 8][4], const Heads& t, int64_t width, float scale) {
+  const auto store = [&](const float (&sums)[MT][W / 8][4], const Heads& t, int64_t width, float scale) {
     E* const base = static_cast<E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
     FSQ_UNROLL
     for (int m = 0; m < MT; ++m)
@@ -169,8 +168,8 @@ template <class E, int W, int SUMS, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
   typedef Keys<E, W, PLAIN> K;
   const AttentionParams& p = g.fwd.a;
-  const Layout layout{tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v),
-                      aligned(g.dout)};
+  const Layout layout{
+      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout)};
   const int64_t tiles = layout.tiles * (p.cu_k ? 1 : p.B) * p.Hkv;
   if (tiles == 0) return "";
   SharedArena arena;

@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
         const int r = accumulator_row(warp_row + 16 * m, e / 2), c = part + accumulator_column(n, e);
         const bool kept = PLAIN || !p.dropout || memory.kept.keeps(stage * Q::kOwn + r, to_block + c);
         gradient<!PLAIN, false>(p, numbers, memory.rows, r, PLAIN ? tile.j0 + c : tile.key(far, c),
-                                tile.picked() ? Look::beyond : Look::window, false, edge, kept, x[m][n][e],
-                                y[m][n][e], slopes[m][e / 2]);
+                                tile.picked() ? Look::beyond : Look::window, false, edge, kept, x[m][n][e], y[m][n][e],
+                                slopes[m][e / 2]);
       }
       multiply_columns(dq, y, k);
     }
@@ -154,8 +154,8 @@ template <class E, int W, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
   typedef Queries<E, W, PLAIN> Q;
   const AttentionParams& p = g.fwd.a;
-  const Layout layout{tile_count(p, p.L, p.Hq / p.Hkv, Q::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v),
-                      aligned(g.dout)};
+  const Layout layout{
+      tile_count(p, p.L, p.Hq / p.Hkv, Q::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout)};
   const int64_t tiles = layout.tiles * (p.cu_q ? 1 : p.B) * p.Hkv;
   if (tiles == 0) return "";
   SharedArena arena;

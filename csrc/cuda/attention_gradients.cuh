@@ -1,9 +1,9 @@
 // The first half of attention's backward: probabilities again from lse, and the gradients of logits, for the
 // accumulators of mma.sync.
 //
-// With D = dout . out - dlse of a row, the gradient of its logit is P (dP - D), where dP = dout . v (0 where dropped; Dao
-// et al. 2022, arXiv:2205.14135, algorithm 4). The gradient of a sink is -P_sink D. Products and sums are float32; P and
-// the gradients are rounded to the type of the tensors where they enter products again.
+// With D = dout . out - dlse of a row, the gradient of its logit is P (dP - D), where dP = dout . v (0 where dropped;
+// Dao et al. 2022, arXiv:2205.14135, algorithm 4). The gradient of a sink is -P_sink D. Products and sums are float32;
+// P and the gradients are rounded to the type of the tensors where they enter products again.
 #pragma once
 #include "cuda/attention.h"
 #include "cuda/attention_operand.cuh"
@@ -12,8 +12,8 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// Columns of the accumulators that a warp works on at a time: of a tile it takes these one after the other, which halves
-// registers and code.
+// Columns of the accumulators that a warp works on at a time: of a tile it takes these one after the other, which
+// halves registers and code.
 constexpr int kPart = 32;
 
 // The keys of one tile of rows, tile by tile of `size`: those near the diagonal, then the global ones beyond.
@@ -127,8 +127,8 @@ struct KeptTable {
     for (int n = thread; n < rows * used * 16; n += threads) {
       const int r = n / (used * 16), block = n / 16 % used, c = n % 16;
       const Query q = query(r);
-      const RandomWords all = philox(random.seed, uint32_t((base + block) * 16 + c), uint32_t(s.q0 + q.i),
-                                     uint32_t(q.h), uint32_t(s.b));
+      const RandomWords all =
+          philox(random.seed, uint32_t((base + block) * 16 + c), uint32_t(s.q0 + q.i), uint32_t(q.h), uint32_t(s.b));
       uint32_t bits = 0;
       FSQ_UNROLL
       for (int w = 0; w < 4; ++w) bits |= uint32_t(all.w[w] >= random.threshold) << w;

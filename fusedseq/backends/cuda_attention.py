@@ -5,6 +5,7 @@ Nothing is read back from the device: lengths, packed sequences and the seed of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +35,6 @@ def supports(call: AttentionCall) -> str | None:
         return f"heads may have up to {WIDEST} elements, these have {max(call.E, call.Ev)}"
     if max(call.L, call.S) >= LONGEST:
         return f"sequences may have up to {LONGEST} positions, these have {max(call.L, call.S)}"
-    if call.grad:
-        return "attention has no backward kernel yet"
     return None
 
 
@@ -128,3 +127,48 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
             }  # fmt: skip
         cuda_scan._core().attention_forward(call.sizes, call.tensors(out, lse), call.numbers(), named)
     return out[..., : p.v.shape[3]], lse
+
+
+def attention_backward(
+    p: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],  # of q, k, v, bias, alibi_slopes, sinks
+) -> tuple[Tensor | None, ...]:
+    if lse.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if need and t is not None else None for t, need in zip(p.inputs(), needs, strict=True)
+        )
+    call = Call(p)
+    out, lse = _filled(out), lse.contiguous()
+    dout = torch.zeros_like(out) if dout is None else _filled(dout.to(out.dtype))
+    dlse = None if dlse is None else dlse.float().contiguous()
+    dq = _like(call.q, call.q.shape[3]) if needs[0] else None
+    dk = dv = None
+    if needs[1] or needs[2]:
+        dk, dv = _like(call.k, call.k.shape[3]), _like(call.v, call.v.shape[3])
+    if p.cu_q is not None:  # rows and keys outside all sequences are not visited
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()
+    dbias = p.bias.new_empty(p.bias.shape, dtype=torch.float32) if needs[3] and p.bias is not None else None
+    dalibi = torch.empty_like(call.alibi) if needs[4] and call.alibi is not None else None
+    dsinks = torch.empty_like(call.sinks) if needs[5] and call.sinks is not None else None
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    slopes = None if dalibi is None else torch.zeros_like(lse)
+    with cuda_scan._on(p.q) as stream:
+        scratch = {"lse2": lse2.data_ptr(), "delta": delta.data_ptr(), "slopes": tensors.pointer(slopes)}
+        cuda_scan._core().attention_backward(
+            call.sizes, call.tensors(out, lse), call.numbers(), call.named(stream) | scratch,
+            (
+                _heads(dout), tensors.pointer(dlse), *(None if t is None else _heads(t) for t in (dq, dk, dv)),
+                _broadcast(dbias), tensors.pointer(dalibi), tensors.pointer(dsinks),
+            ),
+        )  # fmt: skip
+    grads = (dq, dk, dv, dbias, dalibi, dsinks)
+    return tuple(
+        g[..., : t.shape[-1]].to(t.dtype) if need and g is not None and t is not None else None
+        for g, t, need in zip(grads, p.inputs(), needs, strict=True)
+    )

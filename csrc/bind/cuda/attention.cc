@@ -39,8 +39,36 @@ void forward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& 
   check(error);
 }
 
+// (dout, dlse, dq, dk, dv, dbias, dalibi, dsinks), and by name the scratch: lse2, delta, slopes.
+void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named,
+              const py::tuple& grads) {
+  const Arguments a(named);
+  CudaAttentionGradParams g{};
+  g.fwd = device_params(sizes, tensors, options, named);
+  g.dout = heads(grads[0]);
+  g.dlse = pointer(grads[1]);
+  g.dq = heads(grads[2]);
+  g.dk = heads(grads[3]);
+  g.dv = heads(grads[4]);
+  g.dbias = table(grads[5]);
+  g.dalibi = pointer(grads[6]);
+  g.dsinks = pointer(grads[7]);
+  g.lse2 = a.pointer<float>("lse2");
+  g.delta = a.pointer<float>("delta");
+  g.slopes = a.pointer<float>("slopes");
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_attention_backward(g);
+  }
+  check(error);
+}
+
 }  // namespace
 
-void bind_cuda_attention(py::module_& m) { m.def("attention_forward", &forward); }
+void bind_cuda_attention(py::module_& m) {
+  m.def("attention_forward", &forward);
+  m.def("attention_backward", &backward);
+}
 
 }  // namespace fusedseq
