@@ -6,7 +6,7 @@ namespace fusedseq {
 namespace FSQ_ISA {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps, kKeys = kPart, kPitch = kKeys + 1;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps, kKeys = 32, kPitch = kKeys + 1;
 
 template <class E, int W>
 struct Memory {

@@ -20,6 +20,7 @@ template <class E, int W, bool PLAIN>
 struct Keys {
   static constexpr int kWarps = 4, kTiles = W <= 64 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
   static constexpr int kStream = W <= 128 ? 64 : 32;
+  static constexpr int kPart = W <= 64 ? 16 : 32;  // rows of a tile that registers have room for at a time
 
   Operand<E, W> k, v;
   // Two stages of kStream rows each.
@@ -69,7 +70,7 @@ template <class E, int W, int SUMS, bool PLAIN>
 __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
     attention_backward_keys_kernel(const __grid_constant__ CudaAttentionGradParams g, const Layout layout) {
   typedef Keys<E, W, PLAIN> K;
-  constexpr int MT = K::kTiles, NT = kPart / 8;
+  constexpr int MT = K::kTiles, NT = K::kPart / 8;
   const AttentionParams& p = g.fwd.a;
   SharedArena arena = dynamic_shared();
   const K memory = K::carve(arena, p.dropout);
@@ -130,9 +131,9 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
 
     const bool edge = !rows.whole(row0, K::kStream);
 #pragma unroll 1
-    for (int part = 0; part < K::kStream && row0 + part < rows.last; part += kPart) {
+    for (int part = 0; part < K::kStream && row0 + part < rows.last; part += K::kPart) {
       const int at = stage * K::kStream + part;
-      const Operand<E, W> q = memory.q.part(at, kPart), dout = memory.dout.part(at, kPart);
+      const Operand<E, W> q = memory.q.part(at, K::kPart), dout = memory.dout.part(at, K::kPart);
       float x[MT][NT][4] = {}, y[MT][NT][4] = {};
       multiply_rows(x, memory.k, warp_row, q);
       if constexpr (SUMS & kWithDk) multiply_rows(y, memory.v, warp_row, dout);

@@ -15,6 +15,7 @@ template <class E, int W, bool PLAIN>
 struct Queries {
   static constexpr int kWarps = 4, kTiles = W <= 128 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
   static constexpr int kStream = W <= 64 ? 64 : 32;
+  static constexpr int kPart = W == 128 && !PLAIN ? 16 : 32;  // keys of a tile that registers have room for at a time
 
   Operand<E, W> q, dout;
   RowTable<!PLAIN> rows;
@@ -44,7 +45,7 @@ template <class E, int W, bool PLAIN>
 __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
     attention_backward_queries_kernel(const __grid_constant__ CudaAttentionGradParams g, const Layout layout) {
   typedef Queries<E, W, PLAIN> Q;
-  constexpr int MT = Q::kTiles, NT = kPart / 8;
+  constexpr int MT = Q::kTiles, NT = Q::kPart / 8;
   const AttentionParams& p = g.fwd.a;
   SharedArena arena = dynamic_shared();
   const Q memory = Q::carve(arena, p.dropout);
@@ -109,10 +110,10 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
     const bool edge = tile.picked() || !walk.near.whole(tile.j0, Q::kStream);
     const int to_block = tile.picked() ? 0 : (s.k0 + tile.j0) % kRandomKeys;
 #pragma unroll 1
-    for (int part = 0; part < Q::kStream; part += kPart) {
+    for (int part = 0; part < Q::kStream; part += Q::kPart) {
       if (tile.picked() ? tile.at + part >= far.last : tile.j0 + part >= walk.near.last) break;
       const int at = stage * Q::kStream + part;
-      const Operand<E, W> k = memory.k.part(at, kPart), v = memory.v.part(at, kPart);
+      const Operand<E, W> k = memory.k.part(at, Q::kPart), v = memory.v.part(at, Q::kPart);
       float x[MT][NT][4] = {}, y[MT][NT][4] = {};
       multiply_rows(x, memory.q, warp_row, k);
       multiply_rows(y, memory.dout, warp_row, v);

@@ -12,10 +12,6 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// Columns of the accumulators that a warp works on at a time: of a tile it takes these one after the other, which
-// halves registers and code.
-constexpr int kPart = 32;
-
 // The keys of one tile of rows, tile by tile of `size`: those near the diagonal, then the global ones beyond.
 struct KeyWalk {
   Range near;
