@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedseq
+from fusedseq import registry
 from fusedseq.backends import cuda, cuda_attention
 from fusedseq.ops.attention import run
 from fusedseq.reference.attention import Problem
@@ -172,3 +173,29 @@ def test_double_backward_is_that_of_the_specification() -> None:
             found[backend] = torch.autograd.grad(loss, leaves)
     for name, a, b in zip(NAMES, found["cuda"], found["reference"], strict=False):
         assert b.any() and torch.equal(a, b), name
+
+
+def test_a_device_without_room_for_wide_heads_is_refused() -> None:
+    x = inputs_of("B1H1L4S4E256")
+    leaf = x.problem.q.detach().requires_grad_()
+    with cuda_emulated.device(shared=99 * 1024):
+        with pytest.raises(registry.BackendError, match=r"backward pass wants \d+ bytes of shared memory"):
+            run(x.problem._replace(q=leaf))
+        run(x.problem)
+        narrow = inputs_of("B1H1L4S4E64")
+        run(narrow.problem._replace(q=narrow.problem.q.detach().requires_grad_()))[0].sum().backward()
+
+
+def test_the_shared_memory_asked_for_is_what_the_kernels_take() -> None:
+    """With a byte less than the most that a call may take, a launch fails; with that many it does not."""
+    core = cuda_emulated.module()
+    for text in ("B1H1L4S4E64-biasH-dropout", "B1H1L4S4E128-biasH-dropout", "B1H1L4S4E256-biasH-dropout"):
+        x = inputs_of(text)
+        wanted = core.attention_backward_shared(x.problem.q.shape[3], x.problem.v.shape[3], True, True)
+        with cuda_emulated.device():
+            out, lse = cuda_attention.attention_forward(x.problem)
+        arguments = (x.problem, out, lse, x.dout, None, (True,) * 4 + (False,) * 2)
+        with cuda_emulated.device(shared=wanted):
+            cuda_attention.attention_backward(*arguments)
+        with cuda_emulated.device(shared=wanted - 1), pytest.raises(RuntimeError, match="attention_backward_"):
+            cuda_attention.attention_backward(*arguments)

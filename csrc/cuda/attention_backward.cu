@@ -91,4 +91,11 @@ std::string cuda_attention_backward(const CudaAttentionGradParams& g) {
   return error;
 }
 
+int cuda_attention_backward_bytes(const AttentionParams& p) {
+  using namespace FSQ_ISA;
+  const int queries = attention_backward_queries_bytes(p), keys = attention_backward_keys_bytes(p);
+  const int bias = p.bias.data ? attention_backward_bias_bytes(p) : 0;
+  return most(most(queries, keys), bias);
+}
+
 }  // namespace fusedseq

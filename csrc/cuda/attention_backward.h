@@ -12,5 +12,10 @@ std::string attention_backward_keys(const CudaAttentionGradParams& g);     // dk
 std::string attention_backward_bias(const CudaAttentionGradParams& g);     // dbias
 std::string attention_backward_heads(const CudaAttentionGradParams& g);    // dalibi from slopes, dsinks
 
+// Bytes of shared memory that a CTA takes for heads and dropout as in `p`, in calls with all that there may be.
+int attention_backward_queries_bytes(const AttentionParams& p);
+int attention_backward_keys_bytes(const AttentionParams& p);
+int attention_backward_bias_bytes(const AttentionParams& p);
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -144,6 +144,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+int attention_backward_bias_bytes(const AttentionParams& p) {
+  return for_heads(p, [&](auto e, auto w) {
+    SharedArena arena;
+    Memory<decltype(e), decltype(w)::value>::carve(arena, p.dropout);
+    return arena.bytes();
+  });
+}
+
 std::string attention_backward_bias(const CudaAttentionGradParams& g) {
   const AttentionParams& p = g.fwd.a;
   const Layout layout{tiles_of(p.L, kRows), tiles_of(p.S, kKeys), p.cu_q ? p.N : p.B, aligned(p.q),

@@ -193,6 +193,14 @@ std::string launch_all(const CudaAttentionGradParams& g) {
 
 }  // namespace
 
+int attention_backward_keys_bytes(const AttentionParams& p) {
+  return for_heads(p, [&](auto e, auto w) {
+    SharedArena arena;
+    Keys<decltype(e), decltype(w)::value, false>::carve(arena, p.dropout);
+    return arena.bytes();
+  });
+}
+
 std::string attention_backward_keys(const CudaAttentionGradParams& g) {
   return for_heads(g.fwd.a, [&](auto e, auto w) {
     typedef decltype(e) E;

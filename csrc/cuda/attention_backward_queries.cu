@@ -169,6 +169,14 @@ std::string launch(const CudaAttentionGradParams& g) {
 
 }  // namespace
 
+int attention_backward_queries_bytes(const AttentionParams& p) {
+  return for_heads(p, [&](auto e, auto w) {
+    SharedArena arena;
+    Queries<decltype(e), decltype(w)::value, false>::carve(arena, p.dropout);
+    return arena.bytes();
+  });
+}
+
 std::string attention_backward_queries(const CudaAttentionGradParams& g) {
   return for_heads(g.fwd.a, [&](auto e, auto w) {
     typedef decltype(e) E;

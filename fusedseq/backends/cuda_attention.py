@@ -35,6 +35,12 @@ def supports(call: AttentionCall) -> str | None:
         return f"heads may have up to {WIDEST} elements, these have {max(call.E, call.Ev)}"
     if max(call.L, call.S) >= LONGEST:
         return f"sequences may have up to {LONGEST} positions, these have {max(call.L, call.S)}"
+    if call.grad:
+        core = cuda_scan._core()
+        wanted = core.attention_backward_shared(call.E, call.Ev, call.bias, call.dropout)
+        there = core.device()[2]
+        if wanted > there:
+            return f"its backward pass wants {wanted} bytes of shared memory for such heads, a block may have {there}"
     return None
 
 

@@ -64,11 +64,21 @@ void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple&
   check(error);
 }
 
+int backward_shared(int64_t E, int64_t Ev, bool bias, bool dropout) {
+  AttentionParams p{};
+  p.E = E;
+  p.Ev = Ev;
+  p.bias.data = bias ? &p : nullptr;  // it is asked only whether there is one
+  p.dropout = dropout;
+  return cuda_attention_backward_bytes(p);
+}
+
 }  // namespace
 
 void bind_cuda_attention(py::module_& m) {
   m.def("attention_forward", &forward);
   m.def("attention_backward", &backward);
+  m.def("attention_backward_shared", &backward_shared, "Bytes of shared memory that a CTA of the backward pass takes.");
 }
 
 }  // namespace fusedseq
