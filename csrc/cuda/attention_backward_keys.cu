@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
         continue;
 
     const bool edge = !rows.whole(row0, K::kStream);
-#pragma unroll 1
+    FSQ_UNROLL_BY(1)
     for (int part = 0; part < K::kStream && row0 + part < rows.last; part += K::kPart) {
       const int at = stage * K::kStream + part;
       const Operand<E, W> q = memory.q.part(at, K::kPart), dout = memory.dout.part(at, K::kPart);

@@ -57,8 +57,10 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   if (work.first >= rows) return;
 
   const int reach = p.causal ? least(least(last_row, rows - 1) / heads_of_group(p) + s.diagonal + 1, s.S) : s.S;
-  const GlobalKeys far(g.fwd, s, PLAIN ? 0 : reach);
-  KeyWalk walk(key_range(p, s, work.first, last_row, 0, s.S, Q::kStream), far, PLAIN ? far.first : far.last);
+  const GlobalKeys far = PLAIN ? GlobalKeys() : GlobalKeys(g.fwd, s, reach);
+  KeyWalk<!PLAIN, Q::kStream> walk{key_range(p, s, work.first, last_row, 0, s.S, Q::kStream), {0, 0}, far.last};
+  walk.tile.j0 = walk.near.first;
+  walk.settle(far);
 
   const auto query = [&](int r) { return Query(p, s, work.hkv, work.first + r); };
   const auto own = [&](const Operand<E, W>& to, const Heads& t, int64_t width, bool aligned) {
@@ -72,11 +74,12 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   memory.rows.fill(g, s, thread, Q::kThreads, query);
 
   const Random random = random_of(g.fwd);
-  const auto load = [&](int stage, const KeyTile& tile) {
+  const auto load = [&](int stage) {
+    const KeyTile tile = walk.tile;
     const auto stream = [&](const Operand<E, W>& o, const Heads& t, int64_t width, bool aligned) {
       o.load(static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn, int(width), aligned,
              thread, Q::kThreads, [&](int r) {
-               const int j = tile.key(far, r);
+               const int j = walk.key(far, r);
                return j < s.S ? j * t.sn : int64_t(-1);
              });
     };
@@ -95,23 +98,24 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   const GradientNumbers numbers = GradientNumbers::of<!PLAIN>(p, s);
   float dq[MT][W / 8][4] = {}, slopes[MT][2] = {};
   int stage = 0;
-  if (!walk.done()) load(0, walk.tile);
+  if (!walk.done()) load(0);
   for (; !walk.done(); stage ^= 1) {
     const KeyTile tile = walk.tile;
-    walk.step(far, Q::kStream);
+    const bool picked = walk.picked();
+    walk.step(far);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there, and nobody reads the other one any more
-    if (!walk.done()) load(stage ^ 1, walk.tile);
+    if (!walk.done()) load(stage ^ 1);
     if constexpr (!PLAIN)
       if (p.dense.data &&
           !allows(p, memory.rows, Q::kStream, s.S, thread, Q::kThreads, [&](int n) { return tile.key(far, n); }))
         continue;
 
-    const bool edge = tile.picked() || !walk.near.whole(tile.j0, Q::kStream);
-    const int to_block = tile.picked() ? 0 : (s.k0 + tile.j0) % kRandomKeys;
-#pragma unroll 1
+    const bool edge = picked || !walk.near.whole(tile.j0, Q::kStream);
+    const int to_block = picked ? 0 : (s.k0 + tile.j0) % kRandomKeys;
+    FSQ_UNROLL_BY(1)
     for (int part = 0; part < Q::kStream; part += Q::kPart) {
-      if (tile.picked() ? tile.at + part >= far.last : tile.j0 + part >= walk.near.last) break;
+      if (picked ? tile.at + part >= far.last : tile.j0 + part >= walk.near.last) break;
       const int at = stage * Q::kStream + part;
       const Operand<E, W> k = memory.k.part(at, Q::kPart), v = memory.v.part(at, Q::kPart);
       float x[MT][NT][4] = {}, y[MT][NT][4] = {};
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
         const int r = accumulator_row(warp_row + 16 * m, e / 2), c = part + accumulator_column(n, e);
         const bool kept = PLAIN || !p.dropout || memory.kept.keeps(stage * Q::kOwn + r, to_block + c);
         gradient<!PLAIN, false>(p, numbers, memory.rows, r, PLAIN ? tile.j0 + c : tile.key(far, c),
-                                tile.picked() ? Look::beyond : Look::window, false, edge, kept, x[m][n][e], y[m][n][e],
+                                picked ? Look::beyond : Look::window, false, edge, kept, x[m][n][e], y[m][n][e],
                                 slopes[m][e / 2]);
       }
       multiply_columns(dq, y, k);

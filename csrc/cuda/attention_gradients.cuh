@@ -12,29 +12,6 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// The keys of one tile of rows, tile by tile of `size`: those near the diagonal, then the global ones beyond.
-struct KeyWalk {
-  Range near;
-  KeyTile tile;
-  int far_end;
-
-  FSQ_DEVICE KeyWalk(const Range& near, const GlobalKeys& far, int far_end)
-      : near(near), tile{near.first, 0}, far_end(far_end) {
-    settle(far);
-  }
-  FSQ_DEVICE bool done() const { return tile.picked() && tile.at >= far_end; }
-  FSQ_DEVICE void settle(const GlobalKeys& far) {
-    if (!tile.picked() && tile.j0 >= near.last) tile = {-1, far.first};
-  }
-  FSQ_DEVICE void step(const GlobalKeys& far, int size) {
-    if (tile.picked())
-      tile.at += size;
-    else
-      tile.j0 += size;
-    settle(far);
-  }
-};
-
 // What a tile of `rows` queries brings along, in shared memory; lse in units of ln 2, +inf for rows that are not there
 // or see nothing. Full: for calls whose logits are more than scaled products (plain_logits).
 template <bool Full>
