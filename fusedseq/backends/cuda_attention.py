@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fusedseq.backends import cuda_scan, tensors
-from fusedseq.backends.cpu_attention import _broadcast, _dense, _heads, _like
+from fusedseq.backends.cpu_attention import _broadcast, _dense, _like
 from fusedseq.reference.attention import Problem, threshold
 
 if TYPE_CHECKING:
     from fusedseq.registry import AttentionCall
 
 WIDEST = 256
-LONGEST = 2**29  # positions and windows are 32-bit numbers, and so are their sums
+LONGEST = 2**29  # positions and windows are 32-bit numbers, and so are their sums; rows of a pair are too
 # Rows of a pair (a key head with the query heads that use it) up to which its keys are cut into parts, the keys from
 # which on, the keys of the smallest part, and how many parts at most.
 FEW_ROWS = 64
@@ -35,6 +35,9 @@ def supports(call: AttentionCall) -> str | None:
         return f"heads may have up to {WIDEST} elements, these have {max(call.E, call.Ev)}"
     if max(call.L, call.S) >= LONGEST:
         return f"sequences may have up to {LONGEST} positions, these have {max(call.L, call.S)}"
+    rows = call.L * (call.Hq // max(call.Hkv, 1))
+    if rows >= 2 * LONGEST:
+        return f"a key head may have up to {2 * LONGEST} queries, this one has {rows}"
     if call.grad:
         core = cuda_scan._core()
         wanted = core.attention_backward_shared(call.E, call.Ev, call.bias, call.dropout)
@@ -42,6 +45,12 @@ def supports(call: AttentionCall) -> str | None:
         if wanted > there:
             return f"its backward pass wants {wanted} bytes of shared memory for such heads, a block may have {there}"
     return None
+
+
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides; 0 where there is one entry, whose stride says nothing of how rows are aligned."""
+    sb, sh, sn = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
+    return t.data_ptr(), sb, sh, sn
 
 
 def _filled(t: Tensor) -> Tensor:
