@@ -18,7 +18,10 @@ import fusedseq
 from fusedseq import config, registry
 from fusedseq.backends import cuda, cuda_scan
 from fusedseq.ops import scan
+from fusedseq.ops.attention import run as attention
 from fusedseq.testing import DTYPES, Case, baseline, check, evaluate
+from fusedseq.testing.attention_cases import AttentionCase, attention_cases
+from fusedseq.testing.attention_compare import check_attention
 from fusedseq.testing.cases import CELLS, compact_cases, short
 
 HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
@@ -239,6 +242,20 @@ def test_it_takes_cpu_tensors_only_while_emulated() -> None:
             scan("gru", x, None, None, weights)
     finally:
         cuda._emulator = before
+
+
+ATTENTION = [
+    pytest.param(case, dtype, id=case.id(dtype))
+    for dtype in (torch.bfloat16, torch.float16)
+    for case in attention_cases(dtype)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), ATTENTION)
+def test_attention(case: AttentionCase, dtype: torch.dtype) -> None:
+    with cuda_emulated.device(12), registry.record() as choices:
+        check_attention(attention, case, dtype)
+    assert {choice.backend for choice in choices} == {"cuda"}
 
 
 def test_every_kind_of_call_ran() -> None:

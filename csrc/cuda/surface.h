@@ -21,5 +21,10 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
+std::string cuda_attention_forward(const CudaAttentionParams& p);
+std::string cuda_attention_backward(const CudaAttentionGradParams& p);
+// Bytes of shared memory that a CTA of the backward pass takes; of `p` it reads sizes, dtype, dropout and whether there
+// is a bias.
+int cuda_attention_backward_bytes(const AttentionParams& p);
 
 }  // namespace fusedseq
