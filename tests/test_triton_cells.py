@@ -45,7 +45,9 @@ def evaluate(
     }
 
 
-def check_cell(cell: str, size: tuple[int, int, int], dtype: torch.dtype, bias: bool = True, state: bool = True) -> None:
+def check_cell(
+    cell: str, size: tuple[int, int, int], dtype: torch.dtype, bias: bool = True, state: bool = True
+) -> None:
     B, I, H = size
     G = GATES[cell]
     tensors: dict[str, Tensor | None] = {"x": normal(B, I), "h": normal(B, H, seed=1) if state else None}
@@ -60,10 +62,8 @@ def check_cell(cell: str, size: tuple[int, int, int], dtype: torch.dtype, bias: 
             return evaluate(cell, rounded, [w.to(dtype).to(device, kind) for w in weights],
                             [g.to(dtype).to(device, kind) for g in upstream])  # fmt: skip
 
-    errors = judge(
-        outcome("triton", dtype, DEVICE), outcome("reference", torch.float64, "cpu"), outcome("reference", dtype, "cpu"),
-        dtype, terms=max(B, H),
-    )  # fmt: skip
+    truth, peer = (outcome("reference", kind, "cpu") for kind in (torch.float64, dtype))
+    errors = judge(outcome("triton", dtype, DEVICE), truth, peer, dtype, terms=max(B, H))
     wrong = [str(error) for error in errors if not error.ok]
     assert not wrong, f"{cell} {short(dtype)} {size}: {wrong}"
 

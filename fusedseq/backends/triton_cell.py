@@ -1,7 +1,7 @@
 """One step of a cell: the products by torch, all that is pointwise by one kernel; part of the backend `triton`.
 
-`pointwise_forward` and `pointwise_backward` are the kernels with their launch: from pre-activations of the gates, in any
-strides, to the states and back.
+`pointwise_forward` and `pointwise_backward` are the kernels with their launch: from pre-activations of the gates, in
+any strides, to the states and back.
 """
 
 from __future__ import annotations
