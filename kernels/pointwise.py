@@ -17,18 +17,20 @@ from fusedseq.kernels import cells
 @triton.jit
 def _read(base, rows, units, row_stride, unit_stride, inside):
     """[BM, BN] float32 of a strided matrix; zeros if there is none."""
-    if base is None:
+    if base is not None:
+        at = rows[:, None] * row_stride + units[None, :].to(tl.int64) * unit_stride
+        return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    else:  # noqa: RET505 - only one of them is compiled
         return tl.zeros(inside.shape, tl.float32)
-    at = rows[:, None] * row_stride + units[None, :].to(tl.int64) * unit_stride
-    return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _bias(b, gate, H, units):
     """[1, BN] of a bias [G H]; zeros if there is none."""
-    if b is None:
+    if b is not None:
+        return tl.load(b + gate * H + units, mask=units < H, other=0.0).to(tl.float32)[None, :]
+    else:  # noqa: RET505 - only one of them is compiled
         return tl.zeros(units.shape, tl.float32)[None, :]
-    return tl.load(b + gate * H + units, mask=units < H, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
