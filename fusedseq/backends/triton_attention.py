@@ -69,26 +69,26 @@ class _Call:
 
     def _features(self) -> int:
         p = self.p
-        found = {
-            bits.LEFT: self.left >= 0,
-            bits.RIGHT: self.right >= 0,
-            bits.CAUSAL: p.causal != 0,
-            bits.BOTTOM_RIGHT: p.causal == BOTTOM_RIGHT,
-            bits.LENGTHS: p.key_lengths is not None,
-            bits.PACKED: p.cu_q is not None,
-            bits.GLOBAL: p.global_keys is not None and (self.left >= 0 or (self.right >= 0 and not p.causal)),
-            bits.DENSE: p.dense is not None,
-            bits.BIAS: p.bias is not None,
-            bits.ALIBI: p.alibi_slopes is not None,
-            bits.SOFTCAP: p.softcap != 0,
-            bits.SINKS: p.sinks is not None,
-            bits.DROPOUT: p.dropout_p != 0,
-            bits.GROUPED: self.G > 1,
-            bits.PADDED_E: self.E != self.BE,
-            bits.PADDED_EV: self.Ev != self.BV,
-            bits.EXACT: p.q.dtype == torch.float32,
-        }
-        features = sum(bit.value for bit, there in found.items() if there)
+        found = (
+            (bits.LEFT, self.left >= 0),
+            (bits.RIGHT, self.right >= 0),
+            (bits.CAUSAL, p.causal != 0),
+            (bits.BOTTOM_RIGHT, p.causal == BOTTOM_RIGHT),
+            (bits.LENGTHS, p.key_lengths is not None),
+            (bits.PACKED, p.cu_q is not None),
+            (bits.GLOBAL, p.global_keys is not None and (self.left >= 0 or (self.right >= 0 and not p.causal))),
+            (bits.DENSE, p.dense is not None),
+            (bits.BIAS, p.bias is not None),
+            (bits.ALIBI, p.alibi_slopes is not None),
+            (bits.SOFTCAP, p.softcap != 0),
+            (bits.SINKS, p.sinks is not None),
+            (bits.DROPOUT, p.dropout_p != 0),
+            (bits.GROUPED, self.G > 1),
+            (bits.PADDED_E, self.E != self.BE),
+            (bits.PADDED_EV, self.Ev != self.BV),
+            (bits.EXACT, p.q.dtype == torch.float32),
+        )
+        features = sum(bit.value for bit, there in found if there)
         if not features & (bits.ALTERED.value | bits.EXACT.value) and p.scale > 0:
             features |= bits.FOLDED.value
         return features
