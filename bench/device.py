@@ -230,7 +230,7 @@ def table(report: Report) -> str:
     for case in cases:
         ours, rival = (_median(case, names) for names in (("fusedseq",), ("cudnn", "torch")))
         ratio = rival / ours if ours and rival else None
-        ratios += [ratio] if ratio else []
+        ratios += [ratio] if ratio and not case.get("copy") else []
         how = " / ".join(sorted({f"{p['tier']} {p['ranks']}x{p['rows']}" for p in case.get("plans", {}).values()}))
         kernel = (case.get("kernels", {}).get("torch") or [""])[0]
         lines.append(
@@ -242,6 +242,7 @@ def table(report: Report) -> str:
         for ratio in ratios:
             product *= ratio ** (1 / len(ratios))
         lines += ["", f"Geometric mean over {len(ratios)} cases: {product:.2f}; lowest {min(ratios):.2f}."]
+    lines += _bandwidths([case for case in cases if case.get("copy")])
     return "\n".join(lines) + "\n"
 
 
@@ -259,6 +260,16 @@ def _rates(cases: Sequence[dict[str, Any]]) -> list[str]:
             seconds = peer["median"] if peer else None
             rates.append(f"{case['operations'] / seconds / 1e12:.1f}" if seconds else peer["status"] if peer else "")
         lines.append(f"| {case['case']} | {case.get('backend', '')} | {' | '.join(rates)} |")
+    return lines
+
+
+def _bandwidths(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """What is limited by memory, beside a copy of as many bytes."""
+    lines = ["", "| case | of copy bandwidth |", "|---|---|"] if cases else []
+    for case in cases:
+        ours = _median(case, ("fusedseq",))
+        share = f"{100 * case['copy'] / ours:.0f}%" if ours else _why(case)
+        lines.append(f"| {case['case']} | {share} |")
     return lines
 
 

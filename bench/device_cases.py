@@ -20,6 +20,8 @@ from .attention_cases import SETS as ATTENTION_SETS
 from .attention_cases import AttentionCase
 from .case import Case
 from .deepbench import TRAINING, sizes
+from .pointwise_cases import PointwiseCase
+from .pointwise_cases import device as pointwise
 from .rnn_cases import RecurrentCase
 
 PARTS = ("rnn", "attention")
@@ -38,6 +40,7 @@ def rnn() -> Iterator[Case]:
     for family in ("LSTM", "GRU"):
         for more in ({"bidirectional": True}, {"packed": True}):
             yield RecurrentCase(family, "training", 32, 200, 256, 256, dtype="bfloat16", device="cuda", **more)
+    yield from pointwise()
     for family, H, B, T in sizes(TRAINING):
         if T <= 200:
             yield RecurrentCase(family, "training", B, T, H, H, dtype="bfloat16", device="cuda")
@@ -64,6 +67,12 @@ def peers(case: Case) -> list[str]:
     return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
 
 
+def peers(case: Case) -> list[str]:
+    """Who runs a case. Triton kernels take long to compile, so they stand beside one case of each kind of scan."""
+    each = isinstance(case, RecurrentCase) and case.mode == "training" and case.T == 256
+    return ["fusedseq", "torch", *(["triton"] if each else [])]
+
+
 def cases(parts: Sequence[str]) -> list[Case]:
     found = [*(rnn() if "rnn" in parts else ()), *(attention() if "attention" in parts else ())]
     return list(dict.fromkeys(found))
@@ -76,6 +85,18 @@ def kernels(call: Any, most: int = 3) -> list[str]:
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
     return [f"{event.key} x{event.count}" for event in events[:most]]
+
+
+def copying(case: Case) -> float | None:
+    """Seconds that a copy takes which moves as many bytes as a pointwise case must; None for other cases."""
+    if not isinstance(case, PointwiseCase):
+        return None
+    from .timing import interleave
+
+    source = torch.empty(case.compulsory_bytes() // 2, dtype=torch.uint8, device=case.device)
+    target = torch.empty_like(source)
+    finish = torch.cuda.synchronize if case.device == "cuda" else None
+    return interleave({"copy": lambda: target.copy_(source)}, BUDGET / 2, finish=finish)["copy"].median
 
 
 def plans(case: Case) -> dict[str, Any]:
@@ -123,6 +144,7 @@ def measure(parts: Sequence[str], seconds: float, out: Path) -> int:
             "case": str(case), "fields": case.fields(), "backend": result.backend,
             "operations": result.operations, "plans": plans(case),
             "peers": {name: asdict(peer) for name, peer in result.peers.items()}, "kernels": named,
+            "copy": copying(case),
         })  # fmt: skip
         record["not_reached"].remove(str(case))
         out.write_text(json.dumps(record, indent=1))

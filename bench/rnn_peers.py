@@ -27,6 +27,24 @@ def ours(work: RecurrentWork) -> Runner | Refusal:
     return drive(work, work.same_weights(getattr(fusedseq, case.family)(case.I, case.H, **options(case))))
 
 
+def triton(work: RecurrentWork) -> Runner | Refusal:
+    """Ours on the Triton kernels, beside whichever backend the registry takes."""
+    if work.case.device != "cuda":
+        return Refusal("its kernels are for a GPU")
+    if (why := fusedseq.registry.backends()["triton"].missing()) is not None:
+        return Refusal(f"not usable: {why}")
+    runner = ours(work)
+    if isinstance(runner, Refusal):
+        return runner
+    call, results = runner.call, runner.results
+
+    def run(function: Callable[[], Any]) -> Any:
+        with fusedseq.use_backend("triton"):
+            return function()
+
+    return replace(runner, call=lambda: run(call), results=lambda: run(results))
+
+
 def padded(work: RecurrentWork) -> Runner | Refusal:
     """Ours on as many rows, all of them T steps long: what the rows' lengths save or cost."""
     if not work.case.packed:
@@ -127,5 +145,6 @@ BUILD: dict[str, Callable[[RecurrentWork], Runner | Refusal]] = {
     "stepwise": stepwise,
     "compile": compiled,
     "frozen": frozen,
+    "triton": triton,
     "padded": padded,
 }

@@ -46,6 +46,8 @@ class Variant(NamedTuple):
     stages: int = 3
     registers: int | None = None  # `maxnreg`
     everywhere: bool = True  # else `--part` compiles it for the newest architecture only
+    wide: bool = False  # whether its accesses of global memory must be of 8 bytes or more
+    bulk: bool = False  # whether the copy engine (TMA) must fetch its tiles
     capabilities: tuple[int, ...] = CAPABILITIES  # where tiles differ, each has a variant of the same name
 
 
@@ -82,6 +84,11 @@ def build(variant: Variant, capability: int) -> Resources:
     cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     if variant.dots and not cores:
         raise RuntimeError(f"{variant.name} does not multiply on the tensor cores of sm_{capability}")
+    narrow = {a for a in re.findall(r"(?:ld|st)\.global\S*", ptx) if not re.search(r"v4\.b32|v2\.b\d\d$", a)}
+    if variant.wide and narrow:
+        raise RuntimeError(f"{variant.name} has accesses of less than 8 bytes on sm_{capability}: {sorted(narrow)}")
+    if variant.bulk and "cp.async.bulk.tensor" not in ptx:
+        raise RuntimeError(f"{variant.name} fetches no tile through a descriptor on sm_{capability}")
     return Resources(*_usage(kernel.asm["cubin"]), kernel.metadata.shared, cores)
 
 

@@ -52,6 +52,11 @@ _HALF = {
     (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
+# Tiles that come through descriptors need no registers for addresses, and leave room for one more in flight.
+_TILED = {128: Tile(128, 128, 8, 3)}
+# Descriptors end where the tensor does, not where a sequence does; keys that are picked, and tiles that a table may
+# hide, are not in their order.
+_NOT_TILED = bits.LENGTHS.value | bits.PACKED.value | bits.GLOBAL.value | bits.SPLIT.value | bits.DENSE.value
 # float32 without TF32 is multiplied outside the tensor cores, with operands in registers.
 _SINGLE = {
     ("forward", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -86,9 +91,16 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
         chosen = _BIAS[generation, width]
     else:
         chosen = _HALF[generation, kernel, width][heavy]
+        if features & bits.TILED.value and not heavy:
+            chosen = _TILED.get(width, chosen)
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
         return Tile(16, min(64, chosen.BN), 4, chosen.stages)
     return chosen
+
+
+def tiled(dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> bool:
+    """Whether the forward pass reads keys and values through descriptors, if their layout lets it."""
+    return capability[0] in (9, 10) and dtype != torch.float32 and not features & _NOT_TILED and rows > FEW_ROWS
 
 
 def width_of(size: int) -> int:

@@ -24,6 +24,7 @@ from .attention_mask import (
     PADDED_EV,
     SINKS,
     SPLIT,
+    TILED,
     allows,
     bounds,
     far_keys,
@@ -33,6 +34,7 @@ from .attention_mask import (
     key_range,
     load_rows,
     load_table,
+    load_tile,
     logits,
     rows_from,
     schedule,
@@ -47,7 +49,7 @@ def _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0
             MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys joins the sums of all rows."""
-    key_stride, value_stride = strides
+    key_stride, value_stride, pair = strides
     E, Ev, keys = sizes
     begin, end, reach, diagonal, i, h, b, k0, slope = row
     bias_rows, bias_stride, dense_rows, dense_stride = tables
@@ -58,7 +60,7 @@ def _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0
         seen = seen & visible(j[None, :], begin[:, None], end[:, None], reach[:, None], MODE, FEATURES)
     if DENSE & FEATURES:
         seen = seen & (load_table(dense_rows[:, None], j[None, :], dense_stride, keys, MODE) != 0)
-    k = load_rows(key_at, j, key_stride, j < keys, E, BE, MODE != INNER, PADDED_E & FEATURES)
+    k = load_tile(key_at, j, j0, key_stride, j < keys, pair, E, BE, MODE, FEATURES, PADDED_E & FEATURES)
     x = tl.dot(query, tl.trans(k.to(DOT)), input_precision=PRECISION)
     s, _ = logits(x, j[None, :], diagonal[:, None], keys, bias_rows[:, None], bias_stride, slope[:, None],
                   1.0 if FOLDED & FEATURES else scale, softcap, MODE, FEATURES)  # fmt: skip
@@ -74,7 +76,7 @@ def _absorb_tile(acc, total, top, query, key_at, value_at, strides, sizes, j, j0
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT & FEATURES:
         p = tl.where(kept(seed, limit, j, j0, k0, i, h, b, MODE, FEATURES), p, 0.0)
-    v = load_rows(value_at, j, value_stride, j < keys, Ev, BV, MODE != INNER, PADDED_EV & FEATURES)
+    v = load_tile(value_at, j, j0, value_stride, j < keys, pair, Ev, BV, MODE, FEATURES, PADDED_EV & FEATURES)
     acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, now
 
@@ -98,7 +100,7 @@ def _absorb(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row
 @triton.jit
 def attention_forward_kernel(
     q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k, positions, ranks,
-    tile_sequence, tile_first, seed_at,
+    tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
     positions_stride, ranks_stride, B, Hq, G, L, S, E, Ev, left, right, scale, softcap, limit, keep_scale,
     tiles, pairs, section, part,
@@ -130,8 +132,11 @@ def attention_forward_kernel(
     )  # fmt: skip
 
     b64, h64, i64, k64 = b.to(tl.int64), h.to(tl.int64), i.to(tl.int64), k0.to(tl.int64)
-    key_at = k + b64 * skb + hkv.to(tl.int64) * skh + k64 * skn
-    value_at = v + b64 * svb + hkv.to(tl.int64) * svh + k64 * svn
+    if TILED & FEATURES:
+        key_at, value_at = key_descriptor, value_descriptor
+    else:
+        key_at = k + b64 * skb + hkv.to(tl.int64) * skh + k64 * skn
+        value_at = v + b64 * svb + hkv.to(tl.int64) * svh + k64 * svn
     query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, True, PADDED_E & FEATURES).to(DOT)
     zero = tl.zeros((BM,), tl.int64)
     slope = tl.zeros((BM,), tl.float32)
@@ -143,7 +148,7 @@ def attention_forward_kernel(
     )  # fmt: skip
     row = (begin, end, reach, d, i, h, b, k0, slope)
     random = (tl.load(seed_at) if DROPOUT & FEATURES else 0, limit)
-    strides, sizes, numbers = (skn, svn), (E, Ev, keys), (scale, softcap)
+    strides, sizes, numbers = (skn, svn, (b, hkv)), (E, Ev, keys), (scale, softcap)
 
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)

@@ -38,6 +38,7 @@ FOLDED = tl.constexpr(1 << 17)  # a logit is no more than a product times a posi
 SPLIT = tl.constexpr(1 << 18)  # keys are cut into parts that a second kernel merges
 WITH_DK = tl.constexpr(1 << 19)  # which gradients a program sums: wide heads have registers for one at a time
 WITH_DV = tl.constexpr(1 << 20)
+TILED = tl.constexpr(1 << 21)  # keys and values come through tensor descriptors (TMA)
 ALTERED = tl.constexpr(SOFTCAP.value | BIAS.value | ALIBI.value)
 
 # How a tile of keys is looked at: all rows see all of it; some do not; its keys are picked from beyond the window.
@@ -185,6 +186,17 @@ def load_rows(base, at, stride, real, width, WIDTH: tl.constexpr, MASKED: tl.con
     if PADDED:
         return tl.load(address, mask=(e < width)[None, :], other=0.0)
     return tl.load(address)
+
+
+@triton.jit
+def load_tile(source, at, first, stride, real, pair, width, WIDTH: tl.constexpr, MODE: tl.constexpr,
+              FEATURES: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+    """Rows `at` of keys or values, the first of them `first`: by the copy engine, which fills up with 0, if `source` is
+    a descriptor of [B, Hkv, S, width], else as `load_rows`; `pair` is the batch row and the key head."""
+    if TILED & FEATURES:
+        return source.load([pair[0], pair[1], first, 0]).reshape(at.shape[0], WIDTH)
+    else:  # noqa: RET505 - only one of them is compiled
+        return load_rows(source, at, stride, real, width, WIDTH, MODE != INNER, PADDED)
 
 
 @triton.jit

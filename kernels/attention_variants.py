@@ -60,6 +60,7 @@ _GLOBAL = _WINDOW | bits.GLOBAL.value
 
 
 def _argument(name: str, dtype: torch.dtype, features: int, size: Any) -> Any:
+    """The type of an argument, None where the call does not have it."""
     if name in _OPTIONAL and not features & _OPTIONAL[name].value:
         return None
     if name in _LIKE_Q:
@@ -83,11 +84,15 @@ def _variant(
         features |= bits.EXACT.value
     elif not features & bits.ALTERED.value:
         features |= bits.FOLDED.value
+    bulk = what.endswith("-tma")
+    features |= bits.TILED.value if bulk else 0
     chosen = tile(kernel, width, dtype, divmod(capability, 10), features, rows)
+    descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {chosen.BN}, {width}]>" if bulk else None
     function = KERNELS[kernel]
     given: dict[str, Any] = {
         "FEATURES": features, "BM": chosen.BM, "BN": chosen.BN, "BE": width, "BV": width, "DOT": TYPES[dtype],
-        "PRECISION": "ieee", "OVER_BATCH": True, "OVER_HEADS": False, "OVER_ROWS": False, "OVER_KEYS": False,
+        "key_descriptor": descriptor, "value_descriptor": descriptor, "PRECISION": "ieee",
+        "OVER_BATCH": True, "OVER_HEADS": False, "OVER_ROWS": False, "OVER_KEYS": False,
     }  # fmt: skip
     arguments = {name: given[name] if name in given else _argument(name, dtype, features, size)
                  for name in function.arg_names}  # fmt: skip
@@ -95,7 +100,9 @@ def _variant(
         arguments["dk"] = arguments["dv"] = "*fp32"
     name = f"attention-{kernel}-{width}-{'f32' if single else 'bf16'}-{what}"
     shape = {"warps": chosen.warps, "stages": chosen.stages}
-    return Variant(name, function, arguments, not single, **shape, everywhere=everywhere, capabilities=(capability,))
+    return Variant(
+        name, function, arguments, not single, **shape, everywhere=everywhere, bulk=bulk, capabilities=(capability,)
+    )
 
 
 def variants() -> Iterator[Variant]:
@@ -120,6 +127,9 @@ def _each(width: int, dtype: torch.dtype, capability: int) -> Iterator[Variant]:
     for what, features in kinds.items():
         main = what == "causal" and width < 256
         yield _variant("forward", what, features, width, dtype, capability, main)
+        if capability == 90 and dtype != torch.float32 and what not in ("packed", "global"):
+            # Key lengths have no descriptor.
+            yield _variant("forward", f"{what}-tma", features & ~bits.LENGTHS.value, width, dtype, capability, main)
         if what in ("full", "packed"):
             continue
         # The backward pass never sees a sink: lse has it.

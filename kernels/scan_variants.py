@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedseq.kernels import scan_backward, scan_forward
+from fusedseq.kernels import pointwise, scan_backward, scan_forward
 from fusedseq.kernels.aot import Variant
 from fusedseq.kernels.runtime import TYPES
 from fusedseq.kernels.scan_plan import RESIDENT, STREAMED, plan
@@ -55,6 +55,7 @@ def variants() -> Iterator[Variant]:
     for dtype in (torch.float32, torch.bfloat16):
         for cell in CELLS:
             yield from _cell(cell, dtype)
+            yield from _pointwise(cell, dtype)
     yield from _edges()
 
 
@@ -101,3 +102,28 @@ def _cell(cell: str, dtype: torch.dtype) -> Iterator[Variant]:
                     # The largest of their kind, and the ones that multiply by what the architecture has.
                     largest = half and kind != "step" and cell in ("lstm", "gru_reset_before")
                     yield Variant(f"{name}-{direction}", kernel, arguments, dots=half, everywhere=largest, **options)
+
+
+def _pointwise(cell: str, dtype: torch.dtype) -> Iterator[Variant]:
+    """Of a step alone: products in float32 as the backend makes them, units side by side and a multiple of 16."""
+    t = f"*{TYPES[dtype].name}"
+    lstm, gru = cell == "lstm", cell.startswith("gru")
+    operands = ("gx", "gh", "y", "h", "c", "dh", "dc")
+    for phase in (0, 1) if cell == "gru_reset_before" else (0,):
+        arguments: dict[str, Any] = {
+            "B": "i32", "H": "i32:16", "CELL": cell, "PHASE": phase, "BM": 2, "BN": 512,
+            **{f"{name}_row": "i32:16" for name in operands}, **{f"{name}_unit": 1 for name in operands},
+            "gx": "*fp32", "gh": "*fp32", "b_ih": t, "b_hh": t, "h": t if gru else None, "c": t if lstm else None,
+            "h_new": t, "c_new": t if lstm else None, "kept": "*fp32" if lstm or gru else None,
+            "y": None if lstm or gru else t, "dh": "*fp32" if phase else t, "dc": t if lstm else None, "dg": t,
+            "dh_past": "*fp32" if gru else None, "dc_past": t if lstm else None,
+        }  # fmt: skip
+        name = f"{cell}-pointwise-{SHORT[dtype]}" + (f"-phase{phase}" if cell == "gru_reset_before" else "")
+        # No states, no bias, nothing beside it; or any strides, and sizes of 1.
+        bare = arguments | dict.fromkeys(("gh", "b_ih", "b_hh", "h", "c", "dh", "dc"))
+        ones = arguments | {f"{name}_unit": "i32" for name in operands} | {"B": 1, "H": 1}
+        for kernel in (pointwise.forward, pointwise.backward):
+            yield Variant(f"{name}-{kernel.__name__}", kernel, arguments, dots=False, wide=True)
+            if dtype != torch.float32:
+                yield Variant(f"{name}-{kernel.__name__}-bare", kernel, bare, dots=False, everywhere=False)
+                yield Variant(f"{name}-{kernel.__name__}-ones", kernel, ones, dots=False, everywhere=False)

@@ -10,7 +10,7 @@ import torch
 import fusedseq
 from fusedseq import registry
 from fusedseq.ops.attention import run
-from fusedseq.testing import DTYPES
+from fusedseq.testing import DTYPES, device_of
 from fusedseq.testing.attention_cases import AttentionCase, attention_cases, make_attention
 from fusedseq.testing.attention_compare import attention_baseline, check_attention, evaluate_attention, judge_attention
 from fusedseq.testing.cases import short
@@ -27,7 +27,9 @@ PLAIN = AttentionCase("B2H2L9S12E16")
 
 def refusal(backend: str, case: AttentionCase, dtype: torch.dtype) -> str | None:
     module = registry.backends()[backend]
-    return module.missing() or module.supports(registry.attention_call(make_attention(case, dtype).problem, True))
+    return module.missing() or module.supports(
+        registry.attention_call(make_attention(case, dtype, device_of(backend)).problem, True)
+    )
 
 
 @pytest.mark.parametrize(("backend", "case", "dtype"), ROWS)
@@ -38,7 +40,7 @@ def test_attention_parity(
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     with fusedseq.use_backend(backend), registry.record() as choices:
-        check_attention(run, case, dtype)
+        check_attention(run, case, dtype, device=device_of(backend))
     used = {(choice.call.cell, choice.backend, choice.call.dtype) for choice in choices}
     assert used == {("attention", backend, dtype)}
     ran |= used

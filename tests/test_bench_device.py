@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedseq.bench import device, device_cases
+from fusedseq import registry
+from fusedseq.bench import device, device_cases, peers
+from fusedseq.bench.pointwise_cases import PointwiseCase
+from fusedseq.bench.pointwise_cases import device as pointwise
 from fusedseq.bench.rnn_cases import RecurrentCase
+from fusedseq.bench.run import Gates
+from fusedseq.bench.work import Refusal, Runner, make
 
 
 def test_a_part_that_takes_too_long_is_stopped_with_all_it_started() -> None:
@@ -56,6 +61,8 @@ def recorded() -> list[dict[str, object]]:
          "peers": {"fusedseq": peer(0.001), "cudnn": peer(0.001)}},
         {"case": "GRU c", "backend": "cuda", "plans": {}, "kernels": {},
          "peers": {"fusedseq": peer(None, "norm error | too large"), "cudnn": peer(0.001)}},
+        {"case": "LSTMPointwise d", "backend": "", "plans": {}, "kernels": {}, "copy": 0.0018,
+         "peers": {"fusedseq": peer(0.002), "torch": peer(0.004)}},
     ]  # fmt: skip
 
 
@@ -69,6 +76,7 @@ def test_parts_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path, caps
     assert "| LSTM a | 1.000 | 4.000 | 4.00 | cuda cluster 16x16 | lstm_persist x1 |" in text
     assert "norm error \\| too large" in text
     assert "Geometric mean over 2 cases: 2.00; lowest 1.00." in text
+    assert "| LSTMPointwise d | 90% |" in text
     report = json.loads((tmp_path / "device.json").read_text())
     assert [part["status"] for part in report["parts"]] == ["ok", "failed", "ok", "ok", "ok", "ok"]
 
@@ -121,10 +129,30 @@ def test_the_cases_are_what_the_goals_are_about(capsys: pytest.CaptureFixture[st
     assert len(set(cases)) == len(cases)
     assert all(case.device == "cuda" and case.dtype in ("bfloat16", "float16") for case in cases)
     assert cases[0] == RecurrentCase("LSTM", "inference", 16, 1024, 768, 768, dtype="bfloat16", device="cuda")
-    assert {case.family for case in cases} == {"LSTM", "GRU", "RNN"}
-    assert any(case.packed for case in cases)
-    assert any(case.bidirectional for case in cases)
+    assert {case.family for case in cases} == {"LSTM", "GRU", "RNN", "LSTMPointwise", "GRUPointwise"}
+    scans = [case for case in cases if isinstance(case, RecurrentCase)]
+    assert any(case.packed for case in scans)
+    assert any(case.bidirectional for case in scans)
     assert device_cases.main(["--list", "--part", "all"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[: len(cases)] == [str(case) for case in cases]
     assert any(line.startswith("attention") for line in listed)
+
+
+@pytest.mark.skipif(registry.backends()["triton"].missing() is not None, reason="the Triton kernels are not usable")
+@pytest.mark.parametrize("case", list(pointwise()), ids=str)
+def test_pointwise_cases_pass_their_gate(case: PointwiseCase) -> None:
+    for dtype in ("bfloat16", "float32"):
+        work = make(case.tiny().but(device="cpu", dtype=dtype))
+        runner = peers.build("fusedseq", work)
+        assert isinstance(runner, Runner)
+        assert Gates(work).judge(runner).wrong is None
+        assert isinstance(peers.build("torch", work), Refusal)
+
+
+def test_a_copy_moves_as_many_bytes() -> None:
+    case = PointwiseCase("LSTMPointwise", "inference", 64, 32, dtype="bfloat16")
+    assert case.compulsory_bytes() == 64 * 32 * (2 * 4 * 4 + 3 * 2)
+    seconds = device_cases.copying(case)
+    assert seconds is not None and seconds > 0
+    assert device_cases.copying(RecurrentCase("LSTM", "inference", 2, 3, 4, 8)) is None

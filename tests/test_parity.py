@@ -14,7 +14,7 @@ import torch
 import fusedseq
 from fusedseq import registry
 from fusedseq.ops import scan
-from fusedseq.testing import DTYPES, Case, baseline, cases, check, evaluate, judge
+from fusedseq.testing import DTYPES, Case, baseline, cases, check, device_of, evaluate, judge, make_inputs
 from fusedseq.testing.cases import CELLS, GATES, Inputs, short
 
 BACKENDS = tuple(registry.backends())
@@ -26,10 +26,6 @@ ROWS = [
     for case in cases(cell, dtype)
     for backend in BACKENDS
 ]
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def call_of(case: Case, dtype: torch.dtype, device: str) -> registry.ScanCall:
@@ -68,11 +64,12 @@ def test_any_subset_of_outputs_may_be_used(backend: str, cell: str) -> None:
     case = Case.parse(cell, "T5B4I3H9-bi-lengths0-resets-cells")
     skip_if_refused(backend, case, torch.float32)
     base = baseline(case, torch.float32)
+    placed = make_inputs(case, torch.float32, device_of(backend))
     for only in ([name] for name in base.inputs.upstream):
         truth = evaluate(fusedseq.reference.scan.forward, base.inputs.to(torch.float64), only=only)
         peer = evaluate(fusedseq.reference.scan.forward, base.inputs, only=only)
         with fusedseq.use_backend(backend):
-            outcome = evaluate(scan, base.inputs, only=only)
+            outcome = evaluate(scan, placed, only=only)
         wrong = [str(error) for error in judge(outcome, truth, peer, torch.float32) if not error.ok]
         assert not wrong, f"gradient of {only} alone: {wrong}"
 
@@ -98,7 +95,7 @@ def _gradients(inputs: Inputs, wanted: set[str]) -> dict[str, torch.Tensor]:
 def test_frozen_inputs_change_no_other_gradient(backend: str, cell: str) -> None:
     case = Case.parse(cell, "T4B5I6H11-bi-packed-proj4")
     skip_if_refused(backend, case, torch.float32)
-    inputs = baseline(case, torch.float32).inputs
+    inputs = make_inputs(case, torch.float32, device_of(backend))
     every = {"x", "h0", *(["c0"] if cell == "lstm" else []), *inputs.weight_names()}
     with fusedseq.use_backend(backend):
         full = _gradients(inputs, every)
@@ -112,7 +109,7 @@ def test_no_grad_gives_the_same_outputs(backend: str) -> None:
     for cell in CELLS:
         case = Case.parse(cell, "T6B5I4H19-bi-lengths0-resets-cells")
         skip_if_refused(backend, case, torch.float32)
-        inputs = baseline(case, torch.float32).inputs
+        inputs = make_inputs(case, torch.float32, device_of(backend))
         with fusedseq.use_backend(backend):
             trained = evaluate(scan, inputs)
             with torch.no_grad():

@@ -12,7 +12,7 @@ import fusedseq
 from fusedseq import registry
 from fusedseq.ops import bias_activation, layer_norm
 from fusedseq.reference.dropout import dropout_scale
-from fusedseq.testing import DTYPES
+from fusedseq.testing import DTYPES, device_of
 from fusedseq.testing.cases import short
 from fusedseq.testing.compare import judge
 from fusedseq.testing.row_cases import CASES, RowCase, check_rows, evaluate_rows, make_rows, row_baseline
@@ -30,7 +30,9 @@ TILES = RowCase("layer_norm-67x128-residual-weight-bias-dropout-sum-sliced")
 
 def refusal(backend: str, case: RowCase, dtype: torch.dtype) -> str | None:
     module = registry.backends()[backend]
-    return module.missing() or module.supports(registry.row_call(case.op, make_rows(case, dtype).problem))
+    return module.missing() or module.supports(
+        registry.row_call(case.op, make_rows(case, dtype, device_of(backend)).problem)
+    )
 
 
 @pytest.mark.parametrize(("backend", "case", "dtype"), ROWS)
@@ -39,7 +41,7 @@ def test_row_parity(backend: str, case: RowCase, dtype: torch.dtype, ran: set[tu
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     with fusedseq.use_backend(backend), registry.record() as choices:
-        check_rows(RUN[case.op], case, dtype)
+        check_rows(RUN[case.op], case, dtype, device_of(backend))
     used = {(choice.call.cell, choice.backend, choice.call.dtype) for choice in choices}
     assert used == {(case.op, backend, dtype)}
     ran |= used

@@ -8,15 +8,15 @@ import torch
 import fusedseq
 from fusedseq import registry
 from fusedseq.ops import bias_activation, layer_norm
+from fusedseq.testing import device_of
 from fusedseq.testing.row_cases import RowCase, check_rows, evaluate_rows, make_rows
 
 if (reason := registry.backends()["triton"].missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
-if torch.cuda.is_available():
-    pytest.skip("the row cases are made on the CPU", allow_module_level=True)
 
 from fusedseq.backends import triton_rows
 
+DEVICE = device_of("triton")
 RUN = {"layer_norm": layer_norm.run, "bias_activation": bias_activation.run}
 
 
@@ -31,7 +31,7 @@ RUN = {"layer_norm": layer_norm.run, "bias_activation": bias_activation.run}
 def test_wide_rows(text: str) -> None:
     case = RowCase(text)
     with fusedseq.use_backend("triton"):
-        check_rows(RUN[case.op], case, torch.float32)
+        check_rows(RUN[case.op], case, torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_programs_that_take_several_tiles(text: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_rows, "_SHARES", 2)
     case = RowCase(text)
     with fusedseq.use_backend("triton"):
-        check_rows(RUN[case.op], case, torch.float32)
+        check_rows(RUN[case.op], case, torch.float32, DEVICE)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
-    whole = make_rows(RowCase("layer_norm-33x70-residual-weight-bias-dropout-sum"), torch.float32)
+    whole = make_rows(RowCase("layer_norm-33x70-residual-weight-bias-dropout-sum"), torch.float32, DEVICE)
     first = {
         name: t[:5] if isinstance(t, torch.Tensor) and t.dim() == 2 else t
         for name, t in whole.problem._asdict().items()
@@ -59,7 +59,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 def test_limits() -> None:
     module = registry.backends()["triton"]
-    call = registry.RowCall("layer_norm", "cpu", torch.float32, 3, 4096, "", False, True, True, False)
+    call = registry.RowCall("layer_norm", DEVICE, torch.float32, 3, 4096, "", False, True, True, False)
     assert module.supports(call) is None
     assert "these have 4112" in module.supports(call._replace(d=4112))
     assert "multiples of 16" in module.supports(call._replace(d=2050))

@@ -85,8 +85,8 @@ def _later(module: str, function: str) -> Callable[..., Any]:
 
 scan_forward = _later("triton_scan", "scan_forward")
 scan_backward = _later("triton_scan", "scan_backward")
-cell_forward = _later("triton_scan", "cell_forward")
-cell_backward = _later("triton_scan", "cell_backward")
+cell_forward = _later("triton_cell", "cell_forward")
+cell_backward = _later("triton_cell", "cell_backward")
 attention_forward = _later("triton_attention", "attention_forward")
 attention_backward = _later("triton_attention", "attention_backward")
 layer_norm_forward = _later("triton_rows", "layer_norm_forward")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fusedseq import config
+from fusedseq.backends.triton_strides import broadcast, dense, describable, describe, like, strides
 from fusedseq.kernels import attention_mask as bits
 from fusedseq.kernels.attention_backward import attention_dkv_kernel, attention_dq_kernel
 from fusedseq.kernels.attention_bias import attention_dbias_kernel
-from fusedseq.kernels.attention_config import Tile, sums, tile, tuned, width_of
+from fusedseq.kernels.attention_config import Tile, sums, tile, tiled, tuned, width_of
 from fusedseq.kernels.attention_decode import attention_merge_kernel
 from fusedseq.kernels.attention_far import attention_far_kernel
 from fusedseq.kernels.attention_forward import attention_forward_kernel
@@ -41,29 +42,13 @@ def supports(call: AttentionCall) -> str | None:
     return None
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    return t.stride(0), t.stride(1), t.stride(2)
-
-
-def _broadcast(t: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of a table [1|B, 1|Hq, 1|L, 1|S], 0 where it is broadcast."""
-    if t is None:
-        return 0, 0, 0, 0
-    sb, sh, sl, ss = (0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return sb, sh, sl, ss
-
-
 class _Call:
     """A problem as the kernels take it."""
 
     def __init__(self, p: Problem) -> None:
         self.p = p
         q = p.q
-        self.q, self.k, self.v = _dense(q), _dense(p.k), _dense(p.v)
+        self.q, self.k, self.v = dense(q), dense(p.k), dense(p.v)
         self.B, self.Hq, self.L, self.E = q.shape
         _, self.Hkv, self.S, self.Ev = p.v.shape
         self.G = self.Hq // max(self.Hkv, 1)
@@ -84,26 +69,26 @@ class _Call:
 
     def _features(self) -> int:
         p = self.p
-        found = {
-            bits.LEFT: self.left >= 0,
-            bits.RIGHT: self.right >= 0,
-            bits.CAUSAL: p.causal != 0,
-            bits.BOTTOM_RIGHT: p.causal == BOTTOM_RIGHT,
-            bits.LENGTHS: p.key_lengths is not None,
-            bits.PACKED: p.cu_q is not None,
-            bits.GLOBAL: p.global_keys is not None and (self.left >= 0 or (self.right >= 0 and not p.causal)),
-            bits.DENSE: p.dense is not None,
-            bits.BIAS: p.bias is not None,
-            bits.ALIBI: p.alibi_slopes is not None,
-            bits.SOFTCAP: p.softcap != 0,
-            bits.SINKS: p.sinks is not None,
-            bits.DROPOUT: p.dropout_p != 0,
-            bits.GROUPED: self.G > 1,
-            bits.PADDED_E: self.E != self.BE,
-            bits.PADDED_EV: self.Ev != self.BV,
-            bits.EXACT: p.q.dtype == torch.float32,
-        }
-        features = sum(bit.value for bit, there in found.items() if there)
+        found = (
+            (bits.LEFT, self.left >= 0),
+            (bits.RIGHT, self.right >= 0),
+            (bits.CAUSAL, p.causal != 0),
+            (bits.BOTTOM_RIGHT, p.causal == BOTTOM_RIGHT),
+            (bits.LENGTHS, p.key_lengths is not None),
+            (bits.PACKED, p.cu_q is not None),
+            (bits.GLOBAL, p.global_keys is not None and (self.left >= 0 or (self.right >= 0 and not p.causal))),
+            (bits.DENSE, p.dense is not None),
+            (bits.BIAS, p.bias is not None),
+            (bits.ALIBI, p.alibi_slopes is not None),
+            (bits.SOFTCAP, p.softcap != 0),
+            (bits.SINKS, p.sinks is not None),
+            (bits.DROPOUT, p.dropout_p != 0),
+            (bits.GROUPED, self.G > 1),
+            (bits.PADDED_E, self.E != self.BE),
+            (bits.PADDED_EV, self.Ev != self.BV),
+            (bits.EXACT, p.q.dtype == torch.float32),
+        )
+        features = sum(bit.value for bit, there in found if there)
         if not features & (bits.ALTERED.value | bits.EXACT.value) and p.scale > 0:
             features |= bits.FOLDED.value
         return features
@@ -170,17 +155,9 @@ class _Call:
         run(chosen)
 
 
-def _like(t: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An unwritten [B, H, N, width] that lies in memory as t does."""
-    B, H, N, _ = t.shape
-    if H > 1 and N > 1 and t.stride(1) < t.stride(2):
-        return t.new_empty((B, N, H, width), dtype=dtype).transpose(1, 2)
-    return t.new_empty((B, H, N, width), dtype=dtype)
-
-
 def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     call = _Call(p)
-    out = _like(p.q, call.Ev)
+    out = like(p.q, call.Ev)
     lse = p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
     if p.cu_q is not None:  # rows behind the last sequence are not visited
         out.zero_()
@@ -196,7 +173,7 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     _forward(call, held, tops, totals, parts, size)
     rows = lse.numel()
     attention_merge_kernel[(rows,)](
-        held, tops, totals, out, lse, call.sinks, *_strides(out), rows, call.Hq, call.L, call.Ev, call.keep_scale,
+        held, tops, totals, out, lse, call.sinks, *strides(out), rows, call.Hq, call.L, call.Ev, call.keep_scale,
         parts, call.features, call.BV, num_warps=1,
     )  # fmt: skip
     return out, lse
@@ -216,15 +193,24 @@ def _parts(call: _Call) -> tuple[int, int]:
 def _forward(call: _Call, out: Tensor, lse: Tensor, totals: Tensor | None, parts: int, size: int) -> None:
     p, features = call.p, call.features | (bits.SPLIT.value if totals is not None else 0)
     pairs = call.pairs()
+    if tiled(call.q.dtype, call.capability(), features, call.L * call.G):
+        features |= bits.TILED.value if describable(call.k) and describable(call.v) else 0
 
     def run(chosen: Tile) -> None:
         tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
         if tiles == 0:
             return
+        key_descriptor = value_descriptor = None
+        if features & bits.TILED.value:
+            key_descriptor, value_descriptor = (
+                describe(call.k, chosen.BN, call.BE),
+                describe(call.v, chosen.BN, call.BV),
+            )
         attention_forward_kernel[(tiles * pairs, parts)](
             call.q, call.k, call.v, out, lse, totals, call.bias, call.dense, call.slopes, call.sinks, *call.places(),
-            tile_sequence, tile_first, call.seed, *_strides(call.q), *_strides(call.k), *_strides(call.v),
-            *_strides(out[0] if totals is not None else out), *_broadcast(call.bias), *_broadcast(call.dense),
+            tile_sequence, tile_first, call.seed, key_descriptor, value_descriptor, *strides(call.q), *strides(call.k),
+            *strides(call.v), *strides(out[0] if totals is not None else out), *broadcast(call.bias),
+            *broadcast(call.dense),
             *call.far_strides(), call.B, call.Hq, call.G, call.L, call.S, call.E, call.Ev, call.left, call.right,
             call.scale, p.softcap, call.limit, call.keep_scale, tiles, pairs, call.section(), size,
             features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(p.q.dtype), dot_precision(p.q.dtype),
@@ -242,7 +228,7 @@ class _Backward:
         self.ready, self.delta = torch.empty_like(lse), torch.empty_like(lse)
         rows, block = lse.numel(), 32
         attention_delta_kernel[(-(-rows // block),)](
-            out, dout, lse, dlse, self.ready, self.delta, *_strides(out), *_strides(dout), rows, call.Hq, call.L,
+            out, dout, lse, dlse, self.ready, self.delta, *strides(out), *strides(dout), rows, call.Hq, call.L,
             call.Ev, call.features, block, call.BV, dlse is not None, num_warps=4,
         )  # fmt: skip
 
@@ -251,13 +237,13 @@ class _Backward:
 
     def strides(self) -> tuple[int, ...]:
         call = self.call
-        return *_strides(call.q), *_strides(call.k), *_strides(call.v), *_strides(self.dout)
+        return *strides(call.q), *strides(call.k), *strides(call.v), *strides(self.dout)
 
     def tables(self) -> tuple[Any, ...]:
         return self.call.bias, self.call.dense, self.call.slopes
 
     def table_strides(self) -> tuple[int, ...]:
-        return *_broadcast(self.call.bias), *_broadcast(self.call.dense)
+        return *broadcast(self.call.bias), *broadcast(self.call.dense)
 
     def sizes(self) -> tuple[Any, ...]:
         call = self.call
@@ -273,7 +259,7 @@ class _Backward:
     def queries(self) -> tuple[Tensor, Tensor | None]:
         """dq, and the gradient of the slopes."""
         call, p = self.call, self.call.p
-        dq = _like(p.q, call.E)
+        dq = like(p.q, call.E)
         slopes = None if call.slopes is None else torch.zeros_like(self.delta)
         if p.cu_q is not None:  # rows behind the last sequence are not visited
             dq.zero_()
@@ -285,7 +271,7 @@ class _Backward:
                 return
             attention_dq_kernel[(tiles * pairs,)](
                 *self.sources(), dq, slopes, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
-                *self.strides(), *_strides(dq), *self.table_strides(), *call.far_strides(), *self.sizes(), tiles,
+                *self.strides(), *strides(dq), *self.table_strides(), *call.far_strides(), *self.sizes(), tiles,
                 pairs, call.section(), *self.constants(chosen), num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
@@ -296,14 +282,14 @@ class _Backward:
         """dk and dv; where two kernels add to them they are kept in float32 in between."""
         call, p = self.call, self.call.p
         two = bool(call.features & bits.GLOBAL.value)
-        dk, dv = (_like(t, t.shape[3], torch.float32 if two else None) for t in (p.k, p.v))
+        dk, dv = (like(t, t.shape[3], torch.float32 if two else None) for t in (p.k, p.v))
         if p.cu_k is not None:
             dk.zero_()
             dv.zero_()
         pairs = call.pairs()
         if call.S == 0 or pairs == 0:
             return dk, dv
-        shared = (*self.strides(), *_strides(dk), *_strides(dv), *self.table_strides(), *call.far_strides(),
+        shared = (*self.strides(), *strides(dk), *strides(dv), *self.table_strides(), *call.far_strides(),
                   *self.sizes())  # fmt: skip
         for which in sums(max(call.BE, call.BV)):
 
@@ -345,16 +331,16 @@ class _Backward:
         sizes = self.sizes()
 
         def run(chosen: Tile) -> None:
-            row_tiles, key_tiles = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
+            row_tiles, key_descriptor = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
             jobs = 1
-            for broadcast, number in zip(over, (call.B, call.Hq, row_tiles, key_tiles), strict=True):
-                jobs *= 1 if broadcast else number
+            for summed, number in zip(over, (call.B, call.Hq, row_tiles, key_descriptor), strict=True):
+                jobs *= 1 if summed else number
             if jobs == 0:
                 return
             attention_dbias_kernel[(jobs,)](
                 *self.sources(), dbias, *self.tables(), p.key_lengths, p.cu_q, p.cu_k, table, call.ranks, call.seed,
                 *self.strides(), *self.table_strides(), stride, call.far_strides()[1], sequences, *sizes[:9],
-                *sizes[10:], row_tiles, key_tiles, *over, *self.constants(chosen), num_warps=chosen.warps,
+                *sizes[10:], row_tiles, key_descriptor, *over, *self.constants(chosen), num_warps=chosen.warps,
                 num_stages=chosen.stages,
             )  # fmt: skip
 
@@ -381,8 +367,8 @@ def attention_backward(
             torch.zeros_like(t) if need and t is not None else None for t, need in zip(p.inputs(), needs, strict=True)
         )
     call = _Call(p)
-    out, lse = _dense(out), lse.contiguous()
-    dout = torch.zeros_like(out) if dout is None else _dense(dout.to(out.dtype))
+    out, lse = dense(out), lse.contiguous()
+    dout = torch.zeros_like(out) if dout is None else dense(dout.to(out.dtype))
     dlse = None if dlse is None else dlse.float().contiguous()
     work = _Backward(call, out, lse, dout, dlse)
     dq = dk = dv = dbias = dalibi = dsinks = None

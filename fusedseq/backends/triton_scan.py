@@ -24,9 +24,9 @@ from fusedseq.kernels.scan_plan import Plan, plan
 if TYPE_CHECKING:
     from fusedseq.registry import ScanCall
 
-_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # Columns of the gate gradients for each unit.
-_GRADS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GRADS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 # A recurrent product of one gate and tile takes the interpreter some ten milliseconds; more of them would take minutes.
 INTERPRETED_PRODUCTS = 700
 # Half types in, float32 out, as one call: from torch 2.8 on, for CUDA.
@@ -37,7 +37,7 @@ def supports(call: ScanCall) -> str | None:
     if INTERPRETING:
         p = plan(call.cell, call.H, call.R, call.B, call.D, call.dtype)
         tiles = -(-call.B // p.BM) * -(-call.H // p.BN) * -(-call.R // p.BK)
-        products = call.T * call.D * tiles * _GATES[call.cell]
+        products = call.T * call.D * tiles * GATES[call.cell]
         if products > INTERPRETED_PRODUCTS:
             return f"the interpreter would take minutes for {products} products"
     return None
@@ -53,7 +53,7 @@ class _Weights(NamedTuple):
     w_hr: Tensor | None  # [R, H]
 
 
-def _directions(weights: Sequence[Tensor], D: int) -> list[_Weights]:
+def directions(weights: Sequence[Tensor], D: int) -> list[_Weights]:
     count = len(weights) // D
     table = []
     for d in range(D):
@@ -80,7 +80,7 @@ def _state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor
     return torch.empty(shape, dtype=torch.float32, device=like.device).copy_(state)
 
 
-def _product(x: Tensor, w: Tensor) -> Tensor:  # [N, K], [M, K] -> [N, M] float32
+def product(x: Tensor, w: Tensor) -> Tensor:  # [N, K], [M, K] -> [N, M] float32
     if x.dtype == torch.float32:
         return x @ w.t()
     if x.is_cuda and _MM_WIDENS:
@@ -90,8 +90,8 @@ def _product(x: Tensor, w: Tensor) -> Tensor:  # [N, K], [M, K] -> [N, M] float3
 
 def _product_of_x(x: Tensor, table: list[_Weights]) -> Tensor:  # [D, N, G H] float32
     if len(table) == 1:
-        return _product(x, table[0].w_ih).unsqueeze(0)
-    return torch.stack([_product(x, w.w_ih) for w in table])
+        return product(x, table[0].w_ih).unsqueeze(0)
+    return torch.stack([product(x, w.w_ih) for w in table])
 
 
 def _biases(cell: str, table: list[_Weights]) -> Tensor | None:  # [D, Q H] float32, Q = 4 for "gru", else G
@@ -128,8 +128,8 @@ def scan_forward(
     panels: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     D = 2 if bidirectional else 1
-    table = _directions(weights, D)
-    H, R = table[0].w_hh.shape[0] // _GATES[cell], table[0].w_hh.shape[1]
+    table = directions(weights, D)
+    H, R = table[0].w_hh.shape[0] // GATES[cell], table[0].w_hh.shape[1]
     batch = None if h0 is None else h0.shape[1]
     lay = Layout.of(x, batch_first, lengths, batch_sizes, resets, batch)
     T, B, N = lay.T, lay.B, lay.N
@@ -180,29 +180,29 @@ def scan_forward(
     return y, h_n.to(x.dtype), None if c is None else c.to(x.dtype), c_all, reserve
 
 
-def _gates_again(
+def gates_again(
     cell: str, x: Tensor, hp: Tensor, table: list[_Weights], reserve: Tensor
 ) -> Tensor:  # x [N, I], hp [D, N, R], reserve [D, N, H or 0] -> [D, N, S]; of an RNN the states [D, N, H]
     """What a forward pass that kept only the states did not write, float32: one product for all steps at once."""
     gx, biases = _product_of_x(x, table), _biases(cell, table)
     kept = []
     for d, w in enumerate(table):
-        H = w.w_hh.shape[0] // _GATES[cell]
+        H = w.w_hh.shape[0] // GATES[cell]
         gates = [g + b for g, b in zip(*_blocks(gx[d], None if biases is None else biases[d], H), strict=True)]
         if cell == "lstm":
-            a = [g + h for g, h in zip(gates, _product(hp[d], w.w_hh).split(H, 1), strict=True)]
+            a = [g + h for g, h in zip(gates, product(hp[d], w.w_hh).split(H, 1), strict=True)]
             columns = [a[0].sigmoid(), a[1].sigmoid(), a[2].tanh(), a[3].sigmoid(), reserve[d]]
         elif cell == "gru":
-            hr, hz, hn = _product(hp[d], w.w_hh).split(H, 1)
+            hr, hz, hn = product(hp[d], w.w_hh).split(H, 1)
             hn = hn if biases is None else hn + biases[d][3 * H :]
             r, z = (gates[0] + hr).sigmoid(), (gates[1] + hz).sigmoid()
             columns = [r, z, (gates[2] + r * hn).tanh(), hn]
         elif cell == "rnn_tanh":
-            columns = [(gates[0] + _product(hp[d], w.w_hh)).tanh()]
+            columns = [(gates[0] + product(hp[d], w.w_hh)).tanh()]
         else:
-            hr, hz = _product(hp[d], w.w_hh[: 2 * H]).split(H, 1)
+            hr, hz = product(hp[d], w.w_hh[: 2 * H]).split(H, 1)
             r, z = (gates[0] + hr).sigmoid(), (gates[1] + hz).sigmoid()
-            columns = [r, z, (gates[2] + _product((r * hp[d]).to(x.dtype), w.w_hh[2 * H :])).tanh()]
+            columns = [r, z, (gates[2] + product((r * hp[d]).to(x.dtype), w.w_hh[2 * H :])).tanh()]
         kept.append(torch.cat(columns, 1))
     return torch.stack(kept)
 
@@ -213,13 +213,13 @@ def _blocks(gx: Tensor, b: Tensor | None, H: int) -> tuple[Sequence[Tensor], Seq
     return gates, [0.0] * len(gates) if b is None else b[: gx.shape[1]].split(H)
 
 
-def _weight_grads(
+def weight_grads(
     cell: str, x: Tensor, hp: Tensor, dg: Tensor, dhr: Tensor | None, reserve: Tensor | None, table: list[_Weights]
 ) -> list[Tensor]:
     """One product over all rows for each weight, in the order of the flat list."""
     grads: list[Tensor] = []
     for d, w in enumerate(table):
-        H = w.w_hh.shape[0] // _GATES[cell]
+        H = w.w_hh.shape[0] // GATES[cell]
         dgx = dg[d] if cell != "gru" else dg[d][:, : 3 * H]
         dw_hh = torch.empty_like(w.w_hh)
         if cell == "gru":
@@ -263,8 +263,8 @@ def scan_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     D = 2 if bidirectional else 1
-    table = _directions(weights, D)
-    H, R = table[0].w_hh.shape[0] // _GATES[cell], table[0].w_hh.shape[1]
+    table = directions(weights, D)
+    H, R = table[0].w_hh.shape[0] // GATES[cell], table[0].w_hh.shape[1]
     batch = None if h0 is None else h0.shape[1]
     lay = Layout.of(x, batch_first, lengths, batch_sizes, resets, batch)
     T, B, N = lay.T, lay.B, lay.N
@@ -288,12 +288,12 @@ def scan_backward(
         kept: Tensor | None = reserve
         if again:
             assert hp is not None
-            kept = _gates_again(cell, rows, hp, table, reserve)
+            kept = gates_again(cell, rows, hp, table, reserve)
         if cell.startswith("rnn"):
             if kept is not None and again:
                 y = torch.cat(list(kept), 1)
             kept = None
-        dg = (x.new_empty if lengths is None else x.new_zeros)((D, N, _GRADS[cell] * H))
+        dg = (x.new_empty if lengths is None else x.new_zeros)((D, N, GRADS[cell] * H))
         dy = None if dy is None else dy.contiguous()
         dc_all = None if dc_all is None else dc_all.contiguous()
         before = _state(c0, (D, B, H), x) if lstm and c0 is not None else None
@@ -335,7 +335,7 @@ def scan_backward(
         dweights: list[Tensor] = []
         if need_dw:
             assert hp is not None
-            dweights = _weight_grads(cell, rows, hp, dg, dhr, kept, table)
+            dweights = weight_grads(cell, rows, hp, dg, dhr, kept, table)
     return dx, dh.to(dtype), None if dc is None else dc.to(dtype), dweights
 
 

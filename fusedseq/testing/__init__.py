@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusedseq import registry
 
 from .cases import DTYPES, Case, Inputs, cases, make_inputs
@@ -16,6 +18,7 @@ __all__ = [
     "cases",
     "check",
     "cpu_backends",
+    "device_of",
     "evaluate",
     "judge",
     "make_inputs",
@@ -23,6 +26,12 @@ __all__ = [
     "torch_has",
     "torch_scan",
 ]
+
+
+def device_of(backend: str) -> str:
+    """Where tests put the tensors of a backend: on a GPU if that is its home and there is one, else on the CPU."""
+    home = getattr(registry.backends()[backend], "device", None)
+    return "cuda" if home == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def cpu_backends() -> list[str]:

@@ -134,7 +134,8 @@ def judge_attention(outcome: Outcome, base: AttentionBaseline) -> list[Error]:
     if outcome.keys() != base.truth.keys():
         raise AssertionError(f"different tensors: {sorted(outcome)}, {sorted(base.truth)}")
     errors = []
-    for name, out in outcome.items():
+    for name, there in outcome.items():
+        out = there.cpu()
         ref, peer = base.truth[name], base.peer[name].double()
         kind = out.dtype if name in ("lse", "dbias") else dtype
         growth = 1.0 if kind in HALF else max(1.0, math.log2(max(S, 1)) / 4)
@@ -155,9 +156,12 @@ def judge_attention(outcome: Outcome, base: AttentionBaseline) -> list[Error]:
     return errors
 
 
-def check_attention(attention: Attention, case: AttentionCase, dtype: torch.dtype, seed: int = 0) -> None:
+def check_attention(
+    attention: Attention, case: AttentionCase, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> None:
     """Assert that an implementation computes a case right: out, lse and the gradient of every input."""
     base = attention_baseline(case, dtype, seed)
-    wrong = [str(e) for e in judge_attention(evaluate_attention(attention, base.inputs), base) if not e.ok]
+    inputs = base.inputs if device == "cpu" else make_attention(case, dtype, device, seed)
+    wrong = [str(e) for e in judge_attention(evaluate_attention(attention, inputs), base) if not e.ok]
     if wrong:
         raise AssertionError("\n  ".join([f"attention-{short(dtype)}-{case.text}", *wrong]))

@@ -87,13 +87,13 @@ class RowInputs(NamedTuple):
         return RowInputs(self.case, type(self.problem)(*cast), [t.to(dtype) for t in self.upstream])
 
 
-def make_rows(case: RowCase, dtype: torch.dtype) -> RowInputs:
+def make_rows(case: RowCase, dtype: torch.dtype, device: str = "cpu") -> RowInputs:
     """The tensors of a case: the same for every dtype up to rounding."""
     gen = torch.Generator().manual_seed(zlib.crc32(case.text.encode()))
     shape, words = case.shape, case.words
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=gen, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=gen, dtype=torch.float64).to(device, dtype)
 
     def rows() -> Tensor:
         t = normal(*shape)
@@ -108,7 +108,7 @@ def make_rows(case: RowCase, dtype: torch.dtype) -> RowInputs:
         if name in words:
             given[name] = rows() if name == "residual" else normal(shape[-1])
     if "dropout" in words or "p1" in words:
-        given |= {"seed": torch.tensor(0x1234567890ABCDEF), "dropout_p": 1.0 if "p1" in words else 0.3}
+        given |= {"seed": torch.tensor(0x1234567890ABCDEF, device=device), "dropout_p": 1.0 if "p1" in words else 0.3}
     if case.op == "layer_norm":
         given["return_sum"] = "sum" in words
     else:
@@ -152,9 +152,10 @@ def row_baseline(case: RowCase, dtype: torch.dtype) -> tuple[RowInputs, Outcome,
     return inputs, truth, evaluate_rows(_torch_peer, inputs)
 
 
-def check_rows(run: Run, case: RowCase, dtype: torch.dtype) -> None:
+def check_rows(run: Run, case: RowCase, dtype: torch.dtype, device: str = "cpu") -> None:
     """Assert that an implementation computes a case right: every output and the gradient of every input."""
     inputs, truth, peer = row_baseline(case, dtype)
+    inputs = inputs if device == "cpu" else make_rows(case, dtype, device)
     terms = max(case.shape[-1], int(torch.Size(case.shape[:-1]).numel()))
     wrong = [str(e) for e in judge(evaluate_rows(run, inputs), truth, peer, dtype, terms) if not e.ok]
     if wrong:

@@ -1,0 +1,108 @@
+"""Attention's tiles through descriptors: when they are taken, and that they change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedseq import registry, use_backend
+from fusedseq.ops.attention import run
+from fusedseq.testing.attention_cases import AttentionCase, make_attention
+from fusedseq.testing.attention_compare import check_attention
+
+if (reason := registry.backends()["triton"].missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from fusedseq.backends import triton_attention
+from fusedseq.backends.triton_strides import describable, describe
+from fusedseq.kernels import attention_config as config
+from fusedseq.kernels import attention_mask as bits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEW = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Tiles (rows, width) that descriptors were made for."""
+    found: list[tuple[int, int]] = []
+
+    def watched(t: Tensor, rows: int, width: int) -> Any:
+        found.append((rows, width))
+        return describe(t, rows, width)
+
+    monkeypatch.setattr(triton_attention, "describe", watched)
+    return found
+
+
+@pytest.mark.skipif(not NEW, reason="this GPU has no descriptors")
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("B2H4K2L70S140E40V72-causal-blhe", torch.bfloat16),  # heads narrower than tiles, keys that end within one
+        ("B1H2L70S200E16-left30-right10-sinks-lse", torch.float16),
+        ("B2H2L40S130E24-causal-dropout-softcap", torch.bfloat16),
+        ("B2H1L33S1E8-biasS", torch.float16),
+    ],
+)
+def test_the_same_as_through_pointers(
+    text: str, dtype: torch.dtype, taken: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_attention(AttentionCase(text), dtype, DEVICE)
+    with use_backend("triton"):
+        check_attention(run, AttentionCase(text), dtype, device=DEVICE)
+        assert len(taken) == 2
+        tiled = run(inputs.problem)
+        monkeypatch.setattr(triton_attention, "tiled", lambda *args: False)
+        taken.clear()
+        plain = run(inputs.problem)
+    assert not taken
+    for got, want in zip(tiled, plain, strict=True):
+        # On a GPU tiles may differ in size, and sums then in order.
+        torch.testing.assert_close(got, want, rtol=0 if DEVICE == "cpu" else 1e-2, atol=0 if DEVICE == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    "text", ["B2H2L40S70E16-lengths", "B1H2L40S70E16-packed", "B1H2L40S70E16-left9-global", "B1H2L40S70E12"]
+)
+def test_pointers_where_a_descriptor_would_not_do(text: str, taken: list[tuple[int, int]]) -> None:
+    with use_backend("triton"):
+        run(make_attention(AttentionCase(text), torch.bfloat16, DEVICE).problem)
+    assert not taken
+
+
+def test_what_a_descriptor_can_hold() -> None:
+    t = torch.zeros(2, 3, 5, 16, dtype=torch.bfloat16)
+    assert describable(t) and describable(t.transpose(1, 2)) and describable(t[:, :, ::2])
+    assert describable(t[:1, :1, :1, :3])  # what there is one of has no stride
+    assert not describable(t[..., 1:])  # not aligned
+    assert not describable(torch.zeros(2, 3, 5, 12, dtype=torch.bfloat16))
+    assert not describable(t.transpose(2, 3))
+    assert not describable(t[:, :1].expand(2, 3, 5, 16))
+    assert not describable(t[:0])
+    made = describe(t[:1, :, :, :3], 64, 16)
+    assert (made.shape, made.strides, made.block_shape) == ([1, 3, 5, 3], [8, 80, 16, 1], [1, 1, 64, 16])
+
+
+def test_the_choice() -> None:
+    half, new = torch.bfloat16, (9, 0)
+    assert config.tiled(half, new, bits.CAUSAL.value | bits.DROPOUT.value, 1000)
+    assert not config.tiled(half, (8, 0), 0, 1000)
+    assert not config.tiled(half, (12, 0), 0, 1000)
+    assert not config.tiled(torch.float32, new, 0, 1000)
+    assert not config.tiled(half, new, 0, 8)
+    for bit in (bits.LENGTHS, bits.PACKED, bits.GLOBAL, bits.SPLIT, bits.DENSE):
+        assert not config.tiled(half, new, bit.value, 1000)
+
+
+def test_tiles_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "INTERPRETING", False)
+    plain, tiled = (config.tile("forward", 128, torch.bfloat16, (9, 0), f, 1000) for f in (0, bits.TILED.value))
+    assert tiled == plain._replace(stages=plain.stages + 1)
+    heavy = bits.DROPOUT.value
+    assert config.tile("forward", 128, torch.bfloat16, (9, 0), bits.TILED.value | heavy, 1000) == config.tile(
+        "forward", 128, torch.bfloat16, (9, 0), heavy, 1000
+    )
