@@ -246,6 +246,22 @@ struct CudaScanGradParams {
   void* dc0;           // [D,B,H], LSTM only
 };
 
+// Attention on a GPU; everything the pointers name lies in device memory. Half types only; `threads` and the seed of
+// `a` are not read, and a bias is float32 or of a half type. A window that reaches past all keys is given as unbounded.
+struct CudaAttentionParams {
+  AttentionParams a;
+  const int64_t* seed;       // of dropout, or null
+  const int32_t* positions;  // [1|B, S] the global keys in order, if some lie beyond a window, or null
+  const int32_t* ranks;      // [1|B, S+1] how many of them stand before each key
+  int64_t positions_sb, ranks_sb;
+  // Keys cut into parts, each with sums of its own that a second kernel merges: [parts,B,Hq,L,Ev] and twice
+  // [parts,B,Hq,L], float32. Part n has the keys from n * part on; the last one has none but the global ones, if there
+  // are any beyond a window.
+  int64_t parts, part;  // parts 1: not cut
+  float *part_out, *part_top, *part_total;
+  void* stream;
+};
+
 // Where the weights live and how the state travels; docs/gpu-scans.md.
 enum class CudaTier : int { step = 0, block = 1, cluster = 2, grid = 3 };
 

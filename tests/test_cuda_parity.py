@@ -18,7 +18,10 @@ import fusedseq
 from fusedseq import config, registry
 from fusedseq.backends import cuda, cuda_scan
 from fusedseq.ops import scan
+from fusedseq.ops.attention import run as attention
 from fusedseq.testing import DTYPES, Case, baseline, check, evaluate
+from fusedseq.testing.attention_cases import AttentionCase, attention_cases
+from fusedseq.testing.attention_compare import attention_baseline, judge_attention
 from fusedseq.testing.cases import CELLS, compact_cases, short
 
 HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
@@ -239,6 +242,25 @@ def test_it_takes_cpu_tensors_only_while_emulated() -> None:
             scan("gru", x, None, None, weights)
     finally:
         cuda._emulator = before
+
+
+ATTENTION = [
+    pytest.param(case, dtype, id=case.id(dtype))
+    for dtype in (torch.bfloat16, torch.float16)
+    for case in attention_cases(dtype)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), ATTENTION)
+def test_attention_forward(case: AttentionCase, dtype: torch.dtype) -> None:
+    base = attention_baseline(case, dtype)
+    with cuda_emulated.device(11), registry.record() as choices:
+        out, lse = attention(base.inputs.problem)
+    assert {choice.backend for choice in choices} == {"cuda"}
+    found = {"out": out, "lse": lse}
+    truth = dataclasses.replace(base, truth={name: base.truth[name] for name in found})
+    wrong = [str(error) for error in judge_attention(found, truth) if not error.ok]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_kind_of_call_ran() -> None:

@@ -21,5 +21,6 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
+std::string cuda_attention_forward(const CudaAttentionParams& p);
 
 }  // namespace fusedseq

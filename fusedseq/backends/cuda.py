@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusedseq.backends import cuda_attention
+from fusedseq.backends.cuda_attention import attention_forward
 from fusedseq.backends.cuda_scan import scan_backward, scan_forward
 from fusedseq.backends.one_step import cells
 from fusedseq.backends.tensors import DTYPES
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from fusedseq.registry import Call
 
 __all__ = [
-    "cell_backward", "cell_forward", "device", "emulated", "missing", "name", "scan_backward", "scan_forward",
-    "supports",
+    "attention_forward", "cell_backward", "cell_forward", "device", "emulated", "missing", "name", "scan_backward",
+    "scan_forward", "supports",
 ]  # fmt: skip
 
 name = "cuda"
@@ -89,6 +91,8 @@ def supports(call: Call) -> str | None:
     home = "cuda" if _emulator is None else "cpu"
     if call.device != home:
         return f"it runs on {home if _emulator is None else 'the emulator'}, the tensors are on {call.device}"
+    if type(call).__name__ == "AttentionCall":
+        return cuda_attention.supports(call)  # type: ignore[arg-type]
     if type(call).__name__ != "ScanCall":
         return f"it has no kernel for {call.cell}"
     if call.dtype not in DTYPES:

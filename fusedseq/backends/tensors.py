@@ -46,3 +46,16 @@ def sizes(
         return len(batch_sizes), batch, x.shape[1], hidden, state, directions
     steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     return steps, batch, x.shape[2], hidden, state, directions
+
+
+def listed(table: Tensor) -> tuple[Tensor, Tensor]:  # bool [1|B, S] -> int32 [1|B, S], int32 [1|B, S + 1]
+    """Positions that are true, in order, with those that are not behind them; and how many stand before each."""
+    positions = torch.argsort(table.logical_not().to(torch.uint8), dim=1, stable=True).to(torch.int32)
+    ranks = torch.zeros((table.shape[0], table.shape[1] + 1), dtype=torch.int32, device=table.device)
+    torch.cumsum(table, 1, dtype=torch.int32, out=ranks[:, 1:])
+    return positions, ranks
+
+
+def batch_stride(table: Tensor) -> int:
+    """From one batch row to the next, 0 where there is one for all."""
+    return 0 if table.shape[0] == 1 else table.stride(0)

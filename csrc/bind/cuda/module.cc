@@ -2,10 +2,10 @@
 // struct, one call with the GIL released. Work is enqueued on the caller's stream; nothing waits for it.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 
-#include "bind/call.h"
+#include "bind/cuda/arguments.h"
+#include "bind/cuda/attention.h"
 #include "cuda/surface.h"
 
 #ifndef FSQ_CUDA_MODULE
@@ -19,33 +19,6 @@ namespace py = pybind11;
 using namespace fusedseq;
 
 namespace {
-
-// Whatever the caller did not name is null.
-class Arguments {
- public:
-  explicit Arguments(const py::dict& named) : named_(named) {}
-  py::object at(const char* name) const { return named_.contains(name) ? py::object(named_[name]) : py::none(); }
-  template <class T = void>
-  T* pointer(const char* name) const {
-    return fusedseq::pointer<T>(at(name));
-  }
-  Rows rows(const char* name) const {
-    const py::object x = at(name);
-    if (x.is_none()) return {nullptr, 0, 0};
-    const py::tuple t = x;
-    return {fusedseq::pointer(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
-  }
-  void directions(const char* name, const void* (&into)[kMaxDirections]) const {
-    const py::object x = at(name);
-    for (size_t d = 0; d < kMaxDirections; ++d) {
-      const py::tuple t = x.is_none() ? py::tuple() : py::tuple(x);
-      into[d] = d < t.size() ? fusedseq::pointer<const void>(t[d]) : nullptr;
-    }
-  }
-
- private:
-  const py::dict& named_;
-};
 
 CudaScanParams sized(int cell, int dtype, const py::tuple& sizes) {
   CudaScanParams p{};
@@ -73,16 +46,12 @@ CudaScanParams scan_params(int cell, int dtype, const py::tuple& sizes, const Ar
   p.h_n = a.pointer("h_n");
   p.c_n = a.pointer("c_n");
   p.reserve = a.rows("reserve");
-  p.reserve_sd = a.at("reserve_sd").is_none() ? 0 : a.at("reserve_sd").cast<int64_t>();
+  p.reserve_sd = a.number("reserve_sd", 0);
   p.recompute = !a.at("recompute").is_none() && a.at("recompute").cast<bool>();
   p.workspace = a.pointer("workspace");
   p.fault = a.pointer<uint32_t>("fault");
   p.stream = a.pointer("stream");
   return p;
-}
-
-void check(const std::string& error) {
-  if (!error.empty()) throw std::runtime_error(error);
 }
 
 CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, int tier) {
@@ -159,4 +128,5 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   m.def("previous", &previous);
+  bind_cuda_attention(m);
 }

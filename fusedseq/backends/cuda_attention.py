@@ -1,0 +1,130 @@
+"""Attention on the CUDA kernels: tensors to addresses and strides; part of the backend `cuda`.
+
+Nothing is read back from the device: lengths, packed sequences and the seed of dropout stay there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedseq.backends import cuda_scan, tensors
+from fusedseq.backends.cpu_attention import _broadcast, _dense, _heads, _like
+from fusedseq.reference.attention import Problem, threshold
+
+if TYPE_CHECKING:
+    from fusedseq.registry import AttentionCall
+
+WIDEST = 256
+LONGEST = 2**29  # positions and windows are 32-bit numbers, and so are their sums
+# Rows of a pair (a key head with the query heads that use it) up to which its keys are cut into parts, the keys from
+# which on, the keys of the smallest part, and how many parts at most.
+FEW_ROWS = 64
+MANY_KEYS = 512
+PART = 256
+PARTS = 64
+
+
+def supports(call: AttentionCall) -> str | None:
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"attention is for bfloat16 and float16, not {call.dtype}"
+    if max(call.E, call.Ev) > WIDEST:
+        return f"heads may have up to {WIDEST} elements, these have {max(call.E, call.Ev)}"
+    if max(call.L, call.S) >= LONGEST:
+        return f"sequences may have up to {LONGEST} positions, these have {max(call.L, call.S)}"
+    if call.grad:
+        return "attention has no backward kernel yet"
+    return None
+
+
+def _filled(t: Tensor) -> Tensor:
+    """Heads of no elements as heads of a single zero, which add nothing to a product."""
+    return _dense(t) if t.shape[3] else t.new_zeros((*t.shape[:3], 1))
+
+
+class Call:
+    """A problem as the kernels take it; keeps what had to be copied alive."""
+
+    def __init__(self, p: Problem) -> None:
+        self.p = p
+        self.q, self.k, self.v = _filled(p.q), _filled(p.k), _filled(p.v)
+        self.bias, self.dense = p.bias, p.dense
+        self.alibi = None if p.alibi_slopes is None else p.alibi_slopes.float().contiguous()
+        self.sinks = None if p.sinks is None else p.sinks.float().contiguous()
+        B, Hq, L, E = self.q.shape
+        _, Hkv, S, Ev = self.v.shape
+        self.rows = L * (Hq // Hkv)
+        self.sizes = (B, Hq, Hkv, L, S, E, Ev, 0 if p.cu_q is None else p.cu_q.shape[0] - 1)
+        self.left, self.right = (bound if 0 <= bound < L + S else -1 for bound in (p.left, p.right))
+        self.seed = None if p.seed is None else p.seed.to(p.q.device, torch.int64)
+        self.picks = p.global_keys is not None and (self.left >= 0 or (self.right >= 0 and not p.causal))
+        self.global_keys = p.global_keys.contiguous() if self.picks and p.global_keys is not None else None
+        self.positions = self.ranks = None
+        if self.global_keys is not None:
+            self.positions, self.ranks = tensors.listed(self.global_keys)
+
+    def numbers(self) -> tuple[Any, ...]:
+        p = self.p
+        limit, keep_scale = None, 1.0
+        if p.dropout_p:
+            limit = threshold(p.dropout_p)
+            keep_scale = 0.0 if p.dropout_p >= 1 else 1 / (1 - p.dropout_p)
+        bias_dtype = tensors.DTYPES[torch.float32 if p.bias is None else p.bias.dtype]
+        return (
+            tensors.DTYPES[p.q.dtype], bias_dtype, p.causal, self.left, self.right, p.scale, p.softcap, limit,
+            keep_scale, 0,
+        )  # fmt: skip
+
+    def tensors(self, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+        p, shared = self.p, self.global_keys
+        return (
+            _heads(self.q), _heads(self.k), _heads(self.v), _heads(out), lse.data_ptr(), _broadcast(self.bias),
+            tensors.pointer(self.alibi), tensors.pointer(self.sinks), _broadcast(self.dense),
+            tensors.pointer(p.key_lengths), tensors.pointer(p.cu_q), tensors.pointer(p.cu_k), tensors.pointer(shared),
+            0 if shared is None else tensors.batch_stride(shared),
+        )  # fmt: skip
+
+    def named(self, stream: int | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"stream": stream, "seed": tensors.pointer(self.seed)}
+        if self.positions is not None and self.ranks is not None:
+            found |= {
+                "positions": self.positions.data_ptr(), "positions_sb": tensors.batch_stride(self.positions),
+                "ranks": self.ranks.data_ptr(), "ranks_sb": tensors.batch_stride(self.ranks),
+            }  # fmt: skip
+        return found
+
+    def parts(self) -> tuple[int, int]:
+        """How many parts the keys of few rows are cut into, and the size of one. Depends on neither the batch nor the
+        GPU, so that a row's result does not."""
+        S = self.sizes[4]
+        if self.rows > FEW_ROWS or S < MANY_KEYS or self.p.cu_q is not None:
+            return 1, S
+        size = PART
+        while size * PARTS < S:
+            size *= 2
+        return -(-S // size) + self.picks, size
+
+
+def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    out = _like(p.q, max(p.v.shape[3], 1))
+    lse = p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
+    if lse.numel() == 0:
+        return out[..., : p.v.shape[3]], lse
+    call = Call(p)
+    if p.cu_q is not None:  # rows behind the last sequence are not visited
+        out.zero_()
+        lse.copy_(lse.new_tensor(float("-inf")) if call.sinks is None else call.sinks.view(1, -1, 1))
+    with cuda_scan._on(p.q) as stream:
+        named = call.named(stream)
+        count, size = call.parts()
+        if count > 1:
+            sums = p.q.new_empty((count, *p.q.shape[:3], out.shape[3]), dtype=torch.float32)
+            tops, totals = (p.q.new_empty((count, *p.q.shape[:3]), dtype=torch.float32) for _ in range(2))
+            named |= {
+                "parts": count, "part": size, "part_out": sums.data_ptr(), "part_top": tops.data_ptr(),
+                "part_total": totals.data_ptr(),
+            }  # fmt: skip
+        cuda_scan._core().attention_forward(call.sizes, call.tensors(out, lse), call.numbers(), named)
+    return out[..., : p.v.shape[3]], lse
