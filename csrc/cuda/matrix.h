@@ -35,5 +35,8 @@ __host__ __device__ inline uint64_t matrix_descriptor(uint32_t shared, uint32_t 
   return field(shared) | field(leading) << 16 | field(stride) << 32 | uint64_t((4 - int(swizzle)) & 3) << 62;
 }
 
+// The operand that begins so many bytes (a multiple of 16) further on.
+__host__ __device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
 }  // namespace ptx
 }  // namespace fusedseq

@@ -22,5 +22,8 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
 std::string cuda_attention_forward(const CudaAttentionParams& p);
+// The forward kernel for Hopper, and why it would not take a call, empty if it would.
+std::string cuda_attention_hopper(const CudaAttentionParams& p);
+std::string cuda_attention_hopper_refuses(const CudaAttentionParams& p);
 
 }  // namespace fusedseq

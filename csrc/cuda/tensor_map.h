@@ -68,6 +68,29 @@ inline std::string check(const BoxedTensor& t) {
 
 namespace fusedseq {
 
+namespace detail {
+
+// The driver's encoder, or why there is none.
+struct Encoder {
+  decltype(&cuTensorMapEncodeTiled) entry = nullptr;
+  std::string error;
+
+  Encoder() {
+    constexpr unsigned since = 12000;
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, since, cudaEnableDefault, &result);
+    entry = reinterpret_cast<decltype(entry)>(found);
+    if (e)
+      error = std::string("cannot ask the CUDA driver for cuTensorMapEncodeTiled: ") + cudaGetErrorString(e);
+    else if (result != cudaDriverEntryPointSuccess || !entry)
+      error = "the CUDA driver has no cuTensorMapEncodeTiled";
+  }
+};
+
+}  // namespace detail
+
 // The map of a tensor, or the text of what is wrong with it.
 inline std::string encode(TensorMap& map, const BoxedTensor& t) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap), "one layout");
@@ -77,15 +100,10 @@ inline std::string encode(TensorMap& map, const BoxedTensor& t) {
       "one numbering");
   const std::string error = check(t);
   if (!error.empty()) return error;
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  constexpr unsigned since = 12000;
-  const cudaError_t e =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, since, cudaEnableDefault, &found);
-  if (e) return std::string("cannot ask the CUDA driver for cuTensorMapEncodeTiled: ") + cudaGetErrorString(e);
-  if (found != cudaDriverEntryPointSuccess || !entry) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  static const detail::Encoder encoder;
+  if (!encoder.error.empty()) return encoder.error;
   uint32_t steps[BoxedTensor::kMaxRank] = {1, 1, 1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
+  const CUresult result = encoder.entry(
       reinterpret_cast<CUtensorMap*>(&map), t.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
       unsigned(t.rank), const_cast<void*>(t.data), reinterpret_cast<const cuuint64_t*>(t.size),
       reinterpret_cast<const cuuint64_t*>(t.stride + 1), t.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

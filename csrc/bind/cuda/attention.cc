@@ -29,18 +29,28 @@ CudaAttentionParams device_params(const py::tuple& sizes, const py::tuple& tenso
   return p;
 }
 
+template <std::string (*run)(const CudaAttentionParams&)>
 void forward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named) {
   const CudaAttentionParams p = device_params(sizes, tensors, options, named);
   std::string error;
   {
     py::gil_scoped_release release;
-    error = cuda_attention_forward(p);
+    error = run(p);
   }
   check(error);
 }
 
+std::string hopper_refuses(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options,
+                           const py::dict& named) {
+  return cuda_attention_hopper_refuses(device_params(sizes, tensors, options, named));
+}
+
 }  // namespace
 
-void bind_cuda_attention(py::module_& m) { m.def("attention_forward", &forward); }
+void bind_cuda_attention(py::module_& m) {
+  m.def("attention_forward", &forward<cuda_attention_forward>);
+  m.def("attention_hopper", &forward<cuda_attention_hopper>);
+  m.def("attention_hopper_refuses", &hopper_refuses);
+}
 
 }  // namespace fusedseq
