@@ -25,8 +25,8 @@ constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kGroup, kThreads =
 constexpr int kGroupRows = 64, kRows = kConsumers * kGroupRows;
 constexpr int kKeys = 128, kStages = 2;
 constexpr int kPanel = 64, kPanelBytes = 128, kPatternBytes = 8 * kPanelBytes;  // columns of one swizzled row
-// What 65536 registers leave: 128 (24 + 2 240) of them are those that 384 threads begin with.
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+// What 65536 registers leave: 128 (40 + 2 232) of them are those that 384 threads begin with.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 enum Named { kTurnOfFirst = 1, kTurnOfSecond = 2, kCleared = 3 };
 
 template <int N>
@@ -90,8 +90,7 @@ struct Maps {
 
 // Every query head is a pair of its own here (p.Hkv = p.Hq); `group` of them share the keys.
 struct Schedule {
-  int64_t tiles, section, total;
-  int group;
+  int tiles, section, total, group;
 };
 
 // One tile of queries and the tiles of keys that it sees.
@@ -101,7 +100,7 @@ struct Tile {
   Range keys;
   int blocks;
 
-  FSQ_DEVICE Tile(const AttentionParams& p, const Schedule& schedule, int64_t index)
+  FSQ_DEVICE Tile(const AttentionParams& p, const Schedule& schedule, int index)
       : work(p, index, nullptr, schedule.tiles, schedule.section, 1, kRows, p.causal != 0),
         s(p, work.n),
         keys(key_range(p, s, work.first, work.first + kRows - 1, 0, s.S, kKeys)),
@@ -112,10 +111,10 @@ struct Tile {
 // short ones.
 template <class F>
 FSQ_DEVICE void each_tile(const AttentionParams& p, const Schedule& schedule, F f) {
-  const int64_t width = gridDim.x, mine = blockIdx.x;
+  const int width = int(gridDim.x), mine = int(blockIdx.x);
   bool back = false;
-  for (int64_t from = 0; from < schedule.total; from += width, back = !back) {
-    const int64_t index = from + (back ? width - 1 - mine : mine);
+  for (int from = 0; from < schedule.total; from += width, back = !back) {
+    const int index = from + (back ? width - 1 - mine : mine);
     if (index < schedule.total) f(Tile(p, schedule, index));
   }
 }
@@ -273,7 +272,8 @@ struct Consumer {
         release(m.empty_k.address(keys.at));
         keys.step();
         soften(q, mine, j0, scale, shrink);
-        ptx::wgmma_wait<0>(sums);
+        // x as well, lest it is packed before, into registers beside those in flight, which there are not.
+        ptx::wgmma_wait<0>(sums, x);
         release(m.empty_v.address(values.at));
         values.step();
         FSQ_UNROLL
@@ -357,7 +357,7 @@ std::string launch(const CudaAttentionParams& c, int sm_count) {
   const int64_t near = section(p) * group;
   p.Hkv = p.Hq;
   const int64_t tiles = tile_count(p, p.L, 1, kRows), total = tiles * p.B * p.Hq;
-  const Schedule schedule{tiles, near, total, int(group)};
+  const Schedule schedule{int(tiles), int(near), int(total), int(group)};
   if (total == 0) return "";
   Launch launch("attention_hopper", describe(c.a), dim3(unsigned(total < sm_count ? total : sm_count)), dim3(kThreads));
   if (!error.empty()) return launch.error(error);
@@ -387,6 +387,7 @@ std::string cuda_attention_hopper_refuses(const CudaAttentionParams& c) {
   if (p.cu_q) return "it takes no packed sequences";
   if (!plain_logits(p))
     return "it takes no bias, table of booleans, ALiBi, softcap, dropout or global keys, and a positive scale only";
+  if (p.L * p.B * p.Hq > int64_t(1) << 30) return "it counts queries of all heads in 32 bits";
   if (c.parts > 1) return "it does not cut keys into parts, as few queries want it";
   if (p.S < 1) return "there are no keys";
   if (!boxes(p.q, p.L, p.Hq, p.B) || !boxes(p.k, p.S, p.Hkv, p.B) || !boxes(p.v, p.S, p.Hkv, p.B) || !aligned(p.out))
