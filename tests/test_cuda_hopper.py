@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import cuda_emulated
 import pytest
@@ -11,9 +12,9 @@ import torch
 
 import fusedseq
 from fusedseq import config, registry
-from fusedseq.backends import cuda
+from fusedseq.backends import cuda, cuda_attention
 from fusedseq.ops.attention import run as attention
-from fusedseq.testing.attention_cases import AttentionCase
+from fusedseq.testing.attention_cases import AttentionCase, make_attention
 from fusedseq.testing.attention_compare import attention_baseline, judge_attention
 
 # Tiles of 128 queries and 128 keys: one, several, ends within them; every structure that the kernel takes.
@@ -39,20 +40,29 @@ B2H2L300S300E64-right20-sinks
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+class Spy:
+    """The emulated module; `ran` are the kernels that were launched, `reasons` why the Hopper kernel was not."""
+
+    def __init__(self) -> None:
+        self.core = cuda_emulated.module()
+        self.ran: list[str] = []
+        self.reasons: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.core, name)
+        if name == "attention_hopper_refuses":
+            return lambda *arguments: self.reasons.append(function(*arguments)) or self.reasons[-1]
+        if name in ("attention_hopper", "attention_forward"):
+            self.ran.append(name)
+        return function
+
+
 @pytest.fixture(autouse=True)
-def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that ran."""
-    core, ran = cuda_emulated.module(), list[str]()
-
-    class Spy:
-        def __getattr__(self, name: str):
-            if name in ("attention_hopper", "attention_forward"):
-                ran.append(name)
-            return getattr(core, name)
-
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention="hopper"))
-    with cuda.emulated(Spy()), fusedseq.use_backend("cuda"):
-        yield ran
+    core = Spy()
+    with cuda.emulated(core), fusedseq.use_backend("cuda"):
+        yield core
 
 
 def compare(case: AttentionCase, dtype: torch.dtype, seed: int, **device: int) -> None:
@@ -71,13 +81,76 @@ CASES = [pytest.param(AttentionCase(text), id=text) for text in TAKEN.split()]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f16"])
 @pytest.mark.parametrize("case", CASES)
-def test_parity(case: AttentionCase, dtype: torch.dtype, _hopper: list[str]) -> None:
+def test_parity(case: AttentionCase, dtype: torch.dtype, spy: Spy) -> None:
     compare(case, dtype, seed=1)
-    assert _hopper == ["attention_hopper"]
+    assert spy.ran == ["attention_hopper"]
 
 
 @pytest.mark.parametrize("seed", range(2, 6))
 @pytest.mark.parametrize("text", ["B1H3L300S390E64-br-left200", "B3H1L200S300E128-lengths", "B1H1L130S640E64"])
-def test_many_tiles_a_cta_under_several_schedules(text: str, seed: int, _hopper: list[str]) -> None:
+def test_many_tiles_a_cta_under_several_schedules(text: str, seed: int, spy: Spy) -> None:
     compare(AttentionCase(text), torch.bfloat16, seed, sms=1 + seed % 2)
-    assert _hopper == ["attention_hopper"]
+    assert spy.ran == ["attention_hopper"]
+
+
+@pytest.mark.parametrize("text", ["B3H1L40S200E128-lengths-causal", "B3H1L140S300E64-lengths-right60"])
+def test_nothing_behind_a_length_matters(text: str, spy: Spy) -> None:
+    problem = make_attention(AttentionCase(text), torch.bfloat16).problem
+    assert problem.key_lengths is not None
+    behind = torch.arange(problem.k.shape[2]) >= problem.key_lengths[:, None]
+    spoiled = [t.masked_fill(behind[:, None, :, None], float("nan")) for t in (problem.k, problem.v)]
+    with cuda_emulated.device(7):
+        wanted = attention(problem)
+        found = attention(problem._replace(k=spoiled[0], v=spoiled[1]))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert spy.ran == ["attention_hopper"] * 2
+
+
+def test_a_row_does_not_depend_on_its_batch(spy: Spy) -> None:
+    problem = make_attention(AttentionCase("B2H2L150S260E64-br-left90"), torch.float16).problem
+    with cuda_emulated.device(3, sms=3):
+        whole = attention(problem)
+        part = attention(problem._replace(q=problem.q[1:], k=problem.k[1:], v=problem.v[1:]))
+    assert all(torch.equal(a[1:], b) for a, b in zip(whole, part, strict=True))
+    assert spy.ran == ["attention_hopper"] * 2
+
+
+REFUSED = [
+    ("B1H2L70S70E32", "heads of 64 or 128 elements, not 32 and 32"),
+    ("B1H2L70S70E64V128", "heads of 64 or 128 elements, not 64 and 128"),
+    ("B1H2L90S90E64-packed", "no packed sequences"),
+    ("B1H2L70S70E64-bias", "no bias"),
+    ("B1H2L70S70E64-dropout", "no bias"),
+    ("B1H2L70S70E64-left3-global", "no bias"),
+    ("B1H4K1L1S600E64", "does not cut keys into parts"),
+    ("B2H2L70S70E64-expanded", "not expanded"),
+    ("B1H2L70S70E64-sliced", "rows at multiples of 16 bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), [pytest.param(*row, id=row[0]) for row in REFUSED])
+def test_what_it_refuses_runs_on_the_other_kernel(text: str, reason: str, spy: Spy) -> None:
+    compare(AttentionCase(text), torch.bfloat16, seed=1)
+    assert spy.ran == ["attention_forward"]
+    assert reason in spy.reasons[0]
+
+
+def test_it_is_for_hopper_and_off_by_default(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AttentionCase("B1H1L20S20E64")
+    compare(case, torch.bfloat16, seed=1, capability=80)
+    assert spy.reasons == ["it is for compute capability 90, not 80"]
+    assert config.load({}).cuda_attention is None
+    assert config.load({"FUSEDSEQ_CUDA_ATTENTION": "hopper"}).cuda_attention == "hopper"
+    with pytest.raises(ValueError, match="FUSEDSEQ_CUDA_ATTENTION: expected one of mma, hopper or auto, got 'wgmma'"):
+        config.load({"FUSEDSEQ_CUDA_ATTENTION": "wgmma"})
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention=None))
+    compare(case, torch.bfloat16, seed=1)
+    assert spy.ran == ["attention_forward"] * 2
+
+
+def test_a_direct_call_of_what_it_refuses_raises() -> None:
+    problem = make_attention(AttentionCase("B1H1L9S9E32"), torch.bfloat16).problem
+    call, out = cuda_attention.Call(problem), torch.empty_like(problem.q)
+    arguments = (call.sizes, call.tensors(out, torch.empty(1, 1, 9)), call.numbers(), call.named(None))
+    with cuda_emulated.device(), pytest.raises(RuntimeError, match="does not take this call: it is for heads of 64"):
+        cuda_emulated.module().attention_hopper(*arguments)
