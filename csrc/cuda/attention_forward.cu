@@ -20,8 +20,8 @@ constexpr int kKeys = 64, kKeyTiles = kKeys / 8;
 template <class E, int W, bool PLAIN, int WARPS, int MT>
 struct Forward {
   static constexpr int kThreads = 32 * WARPS, kRows = 16 * MT * WARPS;
-  // Two CTAs share an SM where their registers allow it.
-  static constexpr int kResident = kThreads * 255 * 2 <= 65536 ? 2 : 1;
+  // CTAs of an SM, which bounds the registers of a thread.
+  static constexpr int kResident = WARPS == 1 ? 8 : WARPS == 8 ? 1 : 2;
 
   struct Memory {
     Operand<E, W> q, k, v;
@@ -42,24 +42,63 @@ struct Layout {
   bool q, kv, out;  // 16-byte rows
 };
 
-// The keys of one tile of rows, tile by tile: those near the diagonal, then the global ones beyond.
+// The keys of one tile of rows, tile by tile: those near the diagonal, then, with FAR, the global ones beyond.
+template <bool FAR>
 struct Walk {
   Range near;
   KeyTile tile;
   int far_end;
 
-  FSQ_DEVICE bool done() const { return tile.picked() && tile.at >= far_end; }
+  FSQ_DEVICE bool picked() const { return FAR && tile.picked(); }
+  FSQ_DEVICE bool done() const { return FAR ? picked() && tile.at >= far_end : tile.j0 >= near.last; }
+  FSQ_DEVICE int key(const GlobalKeys& far, int column) const { return FAR ? tile.key(far, column) : tile.j0 + column; }
   FSQ_DEVICE void settle(const GlobalKeys& far) {
-    if (!tile.picked() && tile.j0 >= near.last) tile = {-1, far.first};
+    if (FAR && !tile.picked() && tile.j0 >= near.last) tile = {-1, far.first};
   }
   FSQ_DEVICE void step(const GlobalKeys& far) {
-    if (tile.picked())
-      tile.at += kKeys;
-    else
-      tile.j0 += kKeys;
+    (picked() ? tile.at : tile.j0) += kKeys;
     settle(far);
   }
 };
+
+typedef float Scores[kKeyTiles][4];
+
+// Row r of the products of a tile at key j0: minus infinity where the row does not see the key.
+FSQ_DEVICE void hide(Scores& x, int r, const Query& q, int j0) {
+  FSQ_UNROLL
+  for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
+  for (int e = 0; e < 2; ++e)
+    if (!q.sees(j0 + accumulator_column(n, e), false)) x[n][2 * r + e] = -infinity();
+}
+
+// Row r of the products becomes logits, minus infinity where a bit of `seen` is not set.
+FSQ_DEVICE void alter(Scores& x, int r, const AttentionParams& p, const Sequence& s, const Query& q,
+                      const GlobalKeys& far, const KeyTile& tile, uint32_t seen) {
+  const bool altered = altered_logits(p);
+  const Logits logits(p, s, q);
+  FSQ_UNROLL
+  for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    float& y = x[n][2 * r + e];
+    float tangent;
+    if (!(seen >> (2 * n + e) & 1))
+      y = -infinity();
+    else if (altered)
+      y = logits.of(p, q, y, tile.key(far, accumulator_column(n, e)), tangent);
+    else
+      y *= logits.scale * float(kLog2e);
+  }
+}
+
+// Row r of the weights: zero where dropout says so.
+FSQ_DEVICE void drop(Scores& x, int r, const Random& random, const Sequence& s, const Query& q, const GlobalKeys& far,
+                     const KeyTile& tile) {
+  const uint32_t kept = kept_keys<kKeyTiles>(random, s, q, far, tile);
+  FSQ_UNROLL
+  for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
+  for (int e = 0; e < 2; ++e)
+    if (!(kept >> (2 * n + e) & 1)) x[n][2 * r + e] = 0;
+}
 
 template <class E, int W, bool PLAIN, int WARPS, int MT>
 __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, Forward<E, W, PLAIN, WARPS, MT>::kResident)
@@ -78,10 +117,10 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   const int part = int(blockIdx.y), lower = c.parts > 1 ? part * int(c.part) : 0;
   const int upper = c.parts > 1 ? lower + int(c.part) : s.S;
   const int reach = p.causal ? least(least(last_row, rows - 1) / heads_of_group(p) + s.diagonal + 1, s.S) : s.S;
-  const GlobalKeys far(c, s, PLAIN ? 0 : reach);
-  Walk walk{key_range(p, s, work.first, last_row, lower, upper, kKeys), {0, 0}, far.last};
+  const GlobalKeys far = PLAIN ? GlobalKeys() : GlobalKeys(c, s, reach);
+  Walk<!PLAIN> walk{key_range(p, s, work.first, last_row, lower, upper, kKeys), {0, 0}, far.last};
   walk.tile.j0 = walk.near.first;
-  if (PLAIN || (c.parts > 1 && part + 1 < c.parts)) walk.far_end = far.first;
+  if (c.parts > 1 && part + 1 < c.parts) walk.far_end = far.first;
   walk.settle(far);
 
   const auto query_at = [&](int r) {
@@ -90,11 +129,11 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   };
   memory.q.load(static_cast<const E*>(p.q.data), int(p.E), layout.q, thread, F::kThreads, query_at);
   const auto load = [&](const Operand<E, W>& to, const Heads& t, int64_t width) {
-    to.load(static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn, int(width), layout.kv,
-            thread, F::kThreads, [&](int r) {
-              const int j = walk.tile.key(far, r);
-              return j < s.S ? j * t.sn : int64_t(-1);
-            });
+    const E* const base = static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
+    to.load(base, int(width), layout.kv, thread, F::kThreads, [&](int r) {
+      const int j = walk.key(far, r);
+      return j < s.S ? j * t.sn : int64_t(-1);
+    });
     ptx::cp_async_commit();
   };
 
@@ -103,7 +142,11 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   FSQ_UNROLL
   for (int m = 0; m < MT; ++m) FSQ_UNROLL
   for (int r = 0; r < 2; ++r) row_sums[m][r] = {-infinity(), 0.0f};
-  const float scale = PLAIN ? float(p.scale * kLog2e) : 1.0f;
+  const float scale = float(p.scale * kLog2e);
+  // Where the keys begin and end that this warp's rows see near the diagonal; empty if it has none.
+  const int warp_first = work.first + warp_row, warp_last = least(warp_first + 16 * MT, rows) - 1;
+  const int warp_begin = Query(p, s, work.hkv, warp_first).begin;
+  const int warp_end = warp_first < rows ? Query(p, s, work.hkv, warp_last).end : 0;
 
   // Moves on to the first tile that a table of booleans lets some row see.
   uint32_t seen[MT][2];
@@ -130,60 +173,29 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     __syncthreads();  // keys are there, and nobody reads values any more
     const KeyTile tile = walk.tile;
     load(memory.v, p.v, p.Ev);
-    float x[MT][kKeyTiles][4] = {};
-    multiply_rows(x, memory.q, warp_row, memory.k);
-
-    if constexpr (PLAIN) {
-      if (!walk.near.whole(tile.j0, kKeys)) {
-        FSQ_UNROLL
-        for (int m = 0; m < MT; ++m) FSQ_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const Query q(p, s, work.hkv, accumulator_row(work.first + warp_row + 16 * m, r));
-          FSQ_UNROLL
-          for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
-          for (int e = 0; e < 2; ++e)
-            if (!q.sees(tile.j0 + accumulator_column(n, e), false)) x[m][n][2 * r + e] = -infinity();
-        }
-      }
-    } else {
+    const bool busy = warp_first < rows && (walk.picked() || (tile.j0 < warp_end && tile.j0 + kKeys > warp_begin));
+    uint32_t weights[MT][kKeyTiles / 2][4];
+    if (busy) {
+      float x[MT][kKeyTiles][4] = {};
+      multiply_rows(x, memory.q, warp_row, memory.k);
       FSQ_UNROLL
       for (int m = 0; m < MT; ++m) FSQ_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const Query q(p, s, work.hkv, accumulator_row(work.first + warp_row + 16 * m, r));
-        const Logits logits(p, s, q);
-        FSQ_UNROLL
-        for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& y = x[m][n][2 * r + e];
-          float tangent;
-          y = seen[m][r] >> (2 * n + e) & 1 ? logits.of(p, q, y, tile.key(far, accumulator_column(n, e)), tangent)
-                                            : -infinity();
+        const int row = accumulator_row(warp_first + 16 * m, r);
+        if constexpr (PLAIN) {
+          if (!walk.near.whole(tile.j0, kKeys)) hide(x[m], r, Query(p, s, work.hkv, row), tile.j0);
+        } else {
+          alter(x[m], r, p, s, Query(p, s, work.hkv, row), far, tile, seen[m][r]);
         }
+        const float shrink = row_sums[m][r].absorb(x[m], r, PLAIN ? scale : 1.0f);
+        FSQ_UNROLL
+        for (int n = 0; n < W / 8; ++n) FSQ_UNROLL
+        for (int e = 0; e < 2; ++e) sums[m][n][2 * r + e] *= shrink;
+        if (!PLAIN && p.dropout) drop(x[m], r, random_of(c), s, Query(p, s, work.hkv, row), far, tile);
       }
-    }
-
-    FSQ_UNROLL
-    for (int m = 0; m < MT; ++m) FSQ_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const float shrink = row_sums[m][r].absorb(x[m], r, scale);
       FSQ_UNROLL
-      for (int n = 0; n < W / 8; ++n) FSQ_UNROLL
-      for (int e = 0; e < 2; ++e) sums[m][n][2 * r + e] *= shrink;
-    }
-    if constexpr (!PLAIN) {
-      if (p.dropout) {
-        const Random random = random_of(c);
-        FSQ_UNROLL
-        for (int m = 0; m < MT; ++m) FSQ_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const Query q(p, s, work.hkv, accumulator_row(work.first + warp_row + 16 * m, r));
-          const uint32_t kept = kept_keys<kKeyTiles>(random, s, q, far, tile);
-          FSQ_UNROLL
-          for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
-          for (int e = 0; e < 2; ++e)
-            if (!(kept >> (2 * n + e) & 1)) x[m][n][2 * r + e] = 0;
-        }
-      }
+      for (int m = 0; m < MT; ++m) FSQ_UNROLL
+      for (int n = 0; n < kKeyTiles; n += 2) as_left<E>(weights[m][n / 2], x[m][n], x[m][n + 1]);
     }
 
     walk.step(far);
@@ -191,7 +203,7 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     ptx::cp_async_wait<0>();
     __syncthreads();  // values are there, and nobody reads keys any more
     if (!walk.done()) load(memory.k, p.k, p.E);
-    multiply_columns(sums, x, memory.v);
+    if (busy) multiply_columns(sums, weights, memory.v);
   }
 
   FSQ_UNROLL

@@ -158,6 +158,7 @@ struct GlobalKeys {
   int k0;
   int first, last;  // of those in the sequence's first `reach` keys
 
+  FSQ_DEVICE GlobalKeys() : positions(nullptr), k0(0), first(0), last(0) {}
   FSQ_DEVICE GlobalKeys(const CudaAttentionParams& p, const Sequence& s, int reach)
       : positions(nullptr), k0(s.k0), first(0), last(0) {
     if (!p.positions) return;

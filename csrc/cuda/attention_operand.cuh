@@ -50,22 +50,31 @@ struct Operand {
   template <class At>
   FSQ_DEVICE void load(const E* base, int width, bool aligned, int thread, int threads, At at) const {
     constexpr int kChunks = W / kChunk;
+    const auto valid_at = [&](int64_t from, int c) {
+      return from < 0 || width < c ? 0 : width - c < kChunk ? width - c : kChunk;
+    };
+    if (aligned) {
+      FSQ_UNROLL_BY(1)  // addresses of several chunks at a time would take the registers of sums
+      for (int n = thread; n < rows * kChunks; n += threads) {
+        const int r = n / kChunks, c = n % kChunks * kChunk;
+        const int64_t from = at(r);
+        const int valid = valid_at(from, c);
+        ptx::cp_async<16>(data.address(r * kPitch + c), valid ? base + from + c : base, valid * int(sizeof(E)));
+      }
+      return;
+    }
     for (int n = thread; n < rows * kChunks; n += threads) {
       const int r = n / kChunks, c = n % kChunks * kChunk;
       const int64_t from = at(r);
-      const int valid = from < 0 ? 0 : width - c < 0 ? 0 : width - c > kChunk ? kChunk : width - c;
-      if (aligned) {
-        ptx::cp_async<16>(data.address(r * kPitch + c), valid ? base + from + c : base, valid * int(sizeof(E)));
-      } else {
-        uint32_t words[kChunk / 2] = {};
-        FSQ_UNROLL
-        for (int i = 0; i < kChunk; ++i) {
-          uint16_t bits = 0;
-          if (i < valid) memcpy(&bits, base + from + c + i, sizeof bits);
-          words[i / 2] |= uint32_t(bits) << (i % 2 * 16);
-        }
-        data.template store<uint4>(r * kPitch + c, make_uint4(words[0], words[1], words[2], words[3]));
+      const int valid = valid_at(from, c);
+      uint32_t words[kChunk / 2] = {};
+      FSQ_UNROLL
+      for (int i = 0; i < kChunk; ++i) {
+        uint16_t bits = 0;
+        if (i < valid) memcpy(&bits, base + from + c + i, sizeof bits);
+        words[i / 2] |= uint32_t(bits) << (i % 2 * 16);
       }
+      data.template store<uint4>(r * kPitch + c, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 
@@ -103,7 +112,7 @@ FSQ_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const uint32_t (&a)
 // columns.
 template <int MT, int NT, class E, int W>
 FSQ_DEVICE void multiply_rows(float (&sums)[MT][NT][4], const Operand<E, W>& a, int row, const Operand<E, W>& b) {
-  FSQ_UNROLL
+  FSQ_UNROLL_BY(2)  // so that no more operands than these wait in registers
   for (int k = 0; k < W; k += 16) {
     uint32_t left[MT][4];
     FSQ_UNROLL
@@ -127,22 +136,27 @@ FSQ_DEVICE void as_left(uint32_t (&a)[4], const float (&s0)[4], const float (&s1
   a[3] = pack<E>(s1[2], s1[3]);
 }
 
-// sums[m][n] += P V for P in NT accumulators of 8 columns each, rounded to E, and the NT * 8 rows of v, W columns.
+// sums[m][n] += P V for the packed A[16, 16] of P, KT side by side, and the 16 KT rows of v, W columns.
+template <int MT, int KT, class E, int W>
+FSQ_DEVICE void multiply_columns(float (&sums)[MT][W / 8][4], const uint32_t (&p)[MT][KT][4], const Operand<E, W>& v) {
+  FSQ_UNROLL
+  for (int k = 0; k < KT; ++k) FSQ_UNROLL
+  for (int n = 0; n < W / 8; n += 2) {
+    uint32_t right[4];
+    v.right_transposed(right, 16 * k, 8 * n);
+    FSQ_UNROLL
+    for (int m = 0; m < MT; ++m) multiply_add<E>(sums[m][n], sums[m][n + 1], p[m][k], right);
+  }
+}
+
+// The same for P in NT accumulators of 8 columns each, rounded to E.
 template <int MT, int NT, class E, int W>
 FSQ_DEVICE void multiply_columns(float (&sums)[MT][W / 8][4], const float (&p)[MT][NT][4], const Operand<E, W>& v) {
+  uint32_t packed[MT][NT / 2][4];
   FSQ_UNROLL
-  for (int k = 0; k < NT; k += 2) {
-    uint32_t left[MT][4];
-    FSQ_UNROLL
-    for (int m = 0; m < MT; ++m) as_left<E>(left[m], p[m][k], p[m][k + 1]);
-    FSQ_UNROLL
-    for (int n = 0; n < W / 8; n += 2) {
-      uint32_t right[4];
-      v.right_transposed(right, 8 * k, 8 * n);
-      FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) multiply_add<E>(sums[m][n], sums[m][n + 1], left[m], right);
-    }
-  }
+  for (int m = 0; m < MT; ++m) FSQ_UNROLL
+  for (int n = 0; n < NT; n += 2) as_left<E>(packed[m][n / 2], p[m][n], p[m][n + 1]);
+  multiply_columns(sums, packed, v);
 }
 
 }  // namespace FSQ_ISA

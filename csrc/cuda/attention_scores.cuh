@@ -16,8 +16,11 @@ namespace FSQ_ISA {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+// Whether a logit is more than a scaled product.
+FSQ_BOTH bool altered_logits(const AttentionParams& p) { return p.softcap || p.bias.data || p.alibi_slopes; }
+// Whether only structure near the diagonal and a positive scale make the weights.
 FSQ_BOTH bool plain_logits(const AttentionParams& p) {
-  return !p.softcap && !p.bias.data && !p.dense.data && !p.alibi_slopes && !p.dropout && !picks(p) && p.scale > 0;
+  return !altered_logits(p) && !p.dense.data && !p.dropout && !picks(p) && p.scale > 0;
 }
 
 FSQ_DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -56,6 +59,7 @@ FSQ_DEVICE uint32_t visible_keys(const AttentionParams& p, const Sequence& s, co
   const int64_t at = table ? table_row(p.dense, s, q) : 0;
   const uint8_t* const row = static_cast<const uint8_t*>(p.dense.data);
   uint32_t bits = 0;
+  if (!edge && !table) return q.real ? ~0u >> (32 - 2 * NT) : 0;
   FSQ_UNROLL
   for (int n = 0; n < NT; ++n) FSQ_UNROLL
   for (int e = 0; e < 2; ++e) {

@@ -8,6 +8,14 @@
 #include "cuda/span.cuh"
 #include "fusedseq.h"
 
+// The loop that follows is unrolled n times and no more.
+#define FSQ_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define FSQ_UNROLL_BY(n) FSQ_PRAGMA(unroll n)
+#else
+#define FSQ_UNROLL_BY(n) FSQ_PRAGMA(GCC unroll n)
+#endif
+
 namespace fusedseq {
 namespace FSQ_ISA {
 
