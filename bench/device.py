@@ -32,7 +32,11 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = {"rnn": ("cuda", "triton"), "attention": ("cuda", "triton")}
 TESTS = {
     "rnn": ["tests/test_parity.py"],
-    "attention": ["tests/test_attention_parity.py", "tests/test_rows_parity.py"],
+    "attention": [
+        "tests/test_attention_parity.py",
+        "tests/test_rows_parity.py",
+        "tests/test_cuda_hopper_device.py",
+    ],
 }
 # One case that uses most of a kernel: both directions, lengths, resets, several tiles of units.
 SANITIZED = {"rnn": "cuda-lstm-bf16-T7B3I5H33 or cuda-gru-f16-T4B7I3H17", "attention": "cuda-attention-bf16"}

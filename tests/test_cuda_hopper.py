@@ -41,10 +41,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Spy:
-    """The emulated module; `ran` are the kernels that were launched, `reasons` why the Hopper kernel was not."""
+    """`fusedseq._cuda` or its like; `ran`: the kernels launched, `reasons`: why the Hopper kernel was not."""
 
-    def __init__(self) -> None:
-        self.core = cuda_emulated.module()
+    def __init__(self, core: Any) -> None:
+        self.core = core
         self.ran: list[str] = []
         self.reasons: list[str] = []
 
@@ -60,7 +60,7 @@ class Spy:
 @pytest.fixture(autouse=True)
 def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention="hopper"))
-    core = Spy()
+    core = Spy(cuda_emulated.module())
     with cuda.emulated(core), fusedseq.use_backend("cuda"):
         yield core
 
