@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,25 @@ def ours(work: AttentionWork) -> Runner | Refusal:
         return fusedseq.scaled_dot_product_attention(q, k, v, None, case.dropout, case.causal, None, grouped)
 
     return drive(work, function, known if case.dropout else None)
+
+
+def triton(work: AttentionWork) -> Runner | Refusal:
+    """Ours on the Triton kernels, beside whichever backend the registry takes."""
+    module = fusedseq.registry.backends()["triton"]
+    if work.case.device != "cuda" or (why := module.missing()) is not None:
+        return Refusal("not on a CPU" if work.case.device != "cuda" else f"not usable: {why}")
+    built = ours(work)
+    if isinstance(built, Refusal):
+        return built
+
+    def named(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with fusedseq.use_backend("triton"):
+                return call()
+
+        return run
+
+    return replace(built, call=named(built.call), results=named(built.results))
 
 
 def torch_sdpa(work: AttentionWork) -> Runner | Refusal:
@@ -213,6 +233,7 @@ def flex(work: AttentionWork) -> Runner | Refusal:
 
 BUILD: dict[str, Callable[[AttentionWork], Runner | Refusal]] = {
     "fusedseq": ours,
+    "triton": triton,
     "torch": torch_sdpa,
     "eager": eager,
     "flex": flex,

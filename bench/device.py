@@ -39,7 +39,13 @@ TESTS = {
     ],
 }
 # One case that uses most of a kernel: both directions, lengths, resets, several tiles of units.
-SANITIZED = {"rnn": "cuda-lstm-bf16-T7B3I5H33 or cuda-gru-f16-T4B7I3H17", "attention": "cuda-attention-bf16"}
+SANITIZED = {
+    "rnn": "cuda-lstm-bf16-T7B3I5H33 or cuda-gru-f16-T4B7I3H17",
+    "attention": " or ".join(
+        f"cuda-attention-bf16-{case}"
+        for case in ("B2H2L65S65E32-left7", "B1H4K2L100S100E32-packed", "B2H4K1L2S600E16", "B2H2L19S40E80-dense")
+    ),
+}
 
 
 @dataclass
@@ -219,6 +225,8 @@ def table(report: Report) -> str:
         detail = one.detail.strip().replace("|", "\\|").splitlines()
         lines.append(f"| {one.name} | {one.status} | {one.seconds:.0f} | {detail[-1][:200] if detail else ''} |")
     cases = report.benchmark.get("cases", [])
+    lines += _rates([case for case in cases if case["case"].startswith("attention")])
+    cases = [case for case in cases if not case["case"].startswith("attention")]
     if cases:
         lines += ["", "| case | ours, ms | torch, ms | times faster | how | torch's kernel |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -239,6 +247,23 @@ def table(report: Report) -> str:
             product *= ratio ** (1 / len(ratios))
         lines += ["", f"Geometric mean over {len(ratios)} cases: {product:.2f}; lowest {min(ratios):.2f}."]
     return "\n".join(lines) + "\n"
+
+
+def _rates(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """TFLOP/s of attention, ours beside all others; where there is none, why."""
+    if not cases:
+        return []
+    names = list(dict.fromkeys(name for case in cases for name in case["peers"]))
+    lines = ["", "Attention, TFLOP/s (a masked half counts for nothing).", ""]
+    lines += [f"| case | backend | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    for case in cases:
+        rates = []
+        for name in names:
+            peer = case["peers"].get(name)
+            seconds = peer["median"] if peer else None
+            rates.append(f"{case['operations'] / seconds / 1e12:.1f}" if seconds else peer["status"] if peer else "")
+        lines.append(f"| {case['case']} | {case.get('backend', '')} | {' | '.join(rates)} |")
+    return lines
 
 
 def _median(case: dict[str, Any], names: Sequence[str]) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .attention_cases import SETS as ATTENTION_SETS
+from .attention_cases import AttentionCase
 from .case import Case
 from .deepbench import TRAINING, sizes
 from .rnn_cases import RecurrentCase
@@ -43,9 +44,24 @@ def rnn() -> Iterator[Case]:
 
 
 def attention() -> Iterator[Case]:
-    for name in ("attention-bf16", "attention-full", "attention-causal", "attention-window", "attention-dropout"):
-        for case in ATTENTION_SETS[name].make():
-            yield case.but(dtype="bfloat16", device="cuda")
+    """One of each kind first, then the lengths in between."""
+    made = [case.but(device="cuda") for name in ("attention-gpu", "attention-gpu-more") for case in _made(name)]
+    long = [case for case in made if isinstance(case, AttentionCase) and case.L not in (512, 2048)]
+    yield from sorted(long, key=lambda case: case.mode)
+    yield from (case for case in made if case not in long)
+
+
+def _made(name: str) -> Iterator[Case]:
+    one = ATTENTION_SETS[name]
+    return (case.but(dtype=one.dtype or case.dtype) for case in one.make())
+
+
+def peers(case: Case) -> list[str]:
+    """Who runs a case. FlexAttention compiles for tens of seconds, so it stands beside what it is made for."""
+    if not isinstance(case, AttentionCase):
+        return ["fusedseq", "torch"]
+    flex = case.window or (case.L == 16384 and case.mode == "inference")
+    return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
 
 
 def cases(parts: Sequence[str]) -> list[Case]:
@@ -97,14 +113,15 @@ def measure(parts: Sequence[str], seconds: float, out: Path) -> int:
         if time.monotonic() > ended:
             break
         print(case, file=sys.stderr, flush=True)
-        result = run_case(case, [], ["fusedseq", "torch"], BUDGET, {})
+        result = run_case(case, [], peers(case), BUDGET, {})
         named = {}
-        for peer in ("fusedseq", "torch"):
+        for peer in peers(case)[:3] if isinstance(case, AttentionCase) else peers(case):
             runner = build(peer, make(case))
             if not isinstance(runner, Refusal):
                 named[peer] = kernels(runner.call)
         record["cases"].append({
-            "case": str(case), "fields": case.fields(), "backend": result.backend, "plans": plans(case),
+            "case": str(case), "fields": case.fields(), "backend": result.backend,
+            "operations": result.operations, "plans": plans(case),
             "peers": {name: asdict(peer) for name, peer in result.peers.items()}, "kernels": named,
         })  # fmt: skip
         record["not_reached"].remove(str(case))

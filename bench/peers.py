@@ -32,6 +32,7 @@ PEERS: dict[str, Peer] = {
     "efficient": Peer("torch's memory-efficient attention kernel, on a GPU", default=False),
     "compile": Peer("torch.compile of torch.nn; compiles for up to half a minute per case", default=False),
     "frozen": Peer("fusedseq with `freeze`", rival=False, default=False, companion=True),
+    "triton": Peer("fusedseq on its Triton kernels, on a GPU", rival=False, default=False, companion=True),
     "padded": Peer("fusedseq on padded rows, beside a packed case", rival=False, companion=True),
 }
 DEFAULT_PEERS = tuple(name for name, peer in PEERS.items() if peer.default)

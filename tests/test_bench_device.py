@@ -73,6 +73,36 @@ def test_parts_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path, caps
     assert [part["status"] for part in report["parts"]] == ["ok", "failed", "ok", "ok", "ok", "ok"]
 
 
+def test_attention_is_told_in_operations() -> None:
+    def peer(status: str, median: float | None) -> dict[str, object]:
+        return {"status": status, "median": median, "reason": None}
+
+    report = device.Report("a GPU", "attention")
+    report.benchmark = {"cases": [
+        {"case": "attention inference B1", "backend": "cuda", "operations": 4 * 10**12,
+         "peers": {"fusedseq": peer("ok", 0.01), "triton": peer("wrong", None)}},
+        {"case": "attention training B1", "backend": "cuda", "operations": 10**12,
+         "peers": {"fusedseq": peer("ok", 0.01), "flash": peer("ok", 0.005)}},
+    ]}  # fmt: skip
+    text = device.table(report)
+    assert "| case | backend | fusedseq | triton | flash |" in text
+    assert "| attention inference B1 | cuda | 400.0 | wrong |  |" in text
+    assert "| attention training B1 | cuda | 100.0 |  | 200.0 |" in text
+    assert "Geometric mean" not in text
+
+
+def test_attention_runs_beside_every_kernel_of_torch() -> None:
+    cases = device_cases.cases(["attention"])
+    assert len(set(cases)) == len(cases)
+    assert {case.L for case in cases} >= {1, 512, 2048, 8192, 16384}
+    assert {case.E for case in cases} == {64, 128}
+    assert all((case.device, case.dtype) == ("cuda", "bfloat16") for case in cases)
+    for case in cases:
+        assert {"fusedseq", "triton", "flash", "cudnn-attention", "efficient"} <= set(device_cases.peers(case))
+        assert not case.window or "flex" in device_cases.peers(case)
+    assert device_cases.peers(device_cases.cases(["rnn"])[0]) == ["fusedseq", "torch"]
+
+
 def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
     report = Scripted("rnn", tmp_path, whole=1.0).go()
     assert [part.status for part in report.parts] == ["skipped"] * 4

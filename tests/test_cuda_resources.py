@@ -114,6 +114,17 @@ def test_half_types_are_multiplied_by_tensor_cores(arch: str) -> None:
         assert seen == 2 * 2 * len(CELLS), path
 
 
+def test_attention_forward_keeps_to_registers_and_tensor_cores() -> None:
+    for arch in ARCHS:
+        forward = {name: used for name, used in measured()[arch].items() if name.startswith("attention_forward ")}
+        assert len(forward) == 2 * 3 * 3, "dtypes, widths, shapes of a CTA"
+        assert all(stack == 0 for _, stack in forward.values()), f"{arch}: spills in {forward}"
+        (path,) = (one for one in objects() if one.stem == "attention_forward")
+        for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
+            for instruction in ("HMMA", "LDSM", "LDGSTS", "MUFU.EX2"):
+                assert instruction in function, f"{plain(function.splitlines()[0])}: no {instruction} for {arch}"
+
+
 def main() -> None:
     BUDGET.parent.mkdir(exist_ok=True)
     lines = []
