@@ -262,6 +262,20 @@ struct CudaAttentionParams {
   void* stream;
 };
 
+// Any result may be null (unwanted), dk and dv only together.
+struct CudaAttentionGradParams {
+  CudaAttentionParams fwd;  // as given to forward, in one part; out and lse as forward left them
+  Heads dout;
+  const void* dlse;  // [B,Hq,L] float32, or null (zero)
+  Heads dq, dk, dv;  // rows and keys outside all packed sequences are left untouched
+  Table dbias;       // float32, dense
+  void* dalibi;      // [Hq] float32
+  void* dsinks;      // [Hq] float32
+  float* lse2;       // [B,Hq,L] scratch: lse in units of ln 2, +inf where a row sees nothing
+  float* delta;      // [B,Hq,L] scratch: out . dout - dlse
+  float* slopes;     // [B,Hq,L] scratch, zeros where rows are packed: what a row adds to -dalibi; null without dalibi
+};
+
 // Where the weights live and how the state travels; docs/gpu-scans.md.
 enum class CudaTier : int { step = 0, block = 1, cluster = 2, grid = 3 };
 

@@ -36,3 +36,11 @@ def attention_hopper(
 def attention_hopper_refuses(
     sizes: tuple[int, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], named: dict[str, Any]
 ) -> str: ...
+def attention_backward(
+    sizes: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    options: tuple[Any, ...],
+    named: dict[str, Any],
+    grads: tuple[Any, ...],
+) -> None: ...
+def attention_backward_shared(E: int, Ev: int, bias: bool, dropout: bool) -> int: ...

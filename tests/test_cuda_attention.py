@@ -171,3 +171,4 @@ def test_it_says_what_it_does_not_take() -> None:
     assert "not torch.float32" in (reason(dtype=torch.float32) or "")
     assert "these have 257" in (reason(Ev=257) or "")
     assert str(2**29) in (reason(S=2**29) or "")
+    assert f"this one has {2**30}" in (reason(L=2**28, Hq=4) or "")

@@ -42,25 +42,6 @@ struct Layout {
   bool q, kv, out;  // 16-byte rows
 };
 
-// The keys of one tile of rows, tile by tile: those near the diagonal, then, with FAR, the global ones beyond.
-template <bool FAR>
-struct Walk {
-  Range near;
-  KeyTile tile;
-  int far_end;
-
-  FSQ_DEVICE bool picked() const { return FAR && tile.picked(); }
-  FSQ_DEVICE bool done() const { return FAR ? picked() && tile.at >= far_end : tile.j0 >= near.last; }
-  FSQ_DEVICE int key(const GlobalKeys& far, int column) const { return FAR ? tile.key(far, column) : tile.j0 + column; }
-  FSQ_DEVICE void settle(const GlobalKeys& far) {
-    if (FAR && !tile.picked() && tile.j0 >= near.last) tile = {-1, far.first};
-  }
-  FSQ_DEVICE void step(const GlobalKeys& far) {
-    (picked() ? tile.at : tile.j0) += kKeys;
-    settle(far);
-  }
-};
-
 typedef float Scores[kKeyTiles][4];
 
 // Row r of the products of a tile at key j0: minus infinity where the row does not see the key.
@@ -118,7 +99,7 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   const int upper = c.parts > 1 ? lower + int(c.part) : s.S;
   const int reach = p.causal ? least(least(last_row, rows - 1) / heads_of_group(p) + s.diagonal + 1, s.S) : s.S;
   const GlobalKeys far = PLAIN ? GlobalKeys() : GlobalKeys(c, s, reach);
-  Walk<!PLAIN> walk{key_range(p, s, work.first, last_row, lower, upper, kKeys), {0, 0}, far.last};
+  KeyWalk<!PLAIN, kKeys> walk{key_range(p, s, work.first, last_row, lower, upper, kKeys), {0, 0}, far.last};
   walk.tile.j0 = walk.near.first;
   if (c.parts > 1 && part + 1 < c.parts) walk.far_end = far.first;
   walk.settle(far);

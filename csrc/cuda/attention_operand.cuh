@@ -44,6 +44,14 @@ struct Operand {
     return t;
   }
 
+  // Rows first .. first + count.
+  FSQ_DEVICE Operand part(int first, int count) const {
+    Operand t;
+    t.rows = count;
+    t.data = data.sub(first * kPitch, count * kPitch);
+    return t;
+  }
+
   // Fills all rows, by `threads` threads of which this is number `thread`; row r comes from base + at(r), which is
   // below 0 where there is none. With `aligned` rows begin at multiples of 16 bytes and the copies are asynchronous:
   // the caller commits and waits. Reads nothing past a row's `width`.

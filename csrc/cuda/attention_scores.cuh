@@ -40,6 +40,25 @@ struct KeyTile {
   FSQ_DEVICE int key(const GlobalKeys& far, int column) const { return picked() ? far.key(at + column) : j0 + column; }
 };
 
+// The keys of one tile of rows, SIZE at a time: those near the diagonal, then, with FAR, the global ones beyond.
+template <bool FAR, int SIZE>
+struct KeyWalk {
+  Range near;
+  KeyTile tile;
+  int far_end;
+
+  FSQ_DEVICE bool picked() const { return FAR && tile.picked(); }
+  FSQ_DEVICE bool done() const { return FAR ? picked() && tile.at >= far_end : tile.j0 >= near.last; }
+  FSQ_DEVICE int key(const GlobalKeys& far, int column) const { return FAR ? tile.key(far, column) : tile.j0 + column; }
+  FSQ_DEVICE void settle(const GlobalKeys& far) {
+    if (FAR && !tile.picked() && tile.j0 >= near.last) tile = {-1, far.first};
+  }
+  FSQ_DEVICE void step(const GlobalKeys& far) {
+    (picked() ? tile.at : tile.j0) += SIZE;
+    settle(far);
+  }
+};
+
 // Where a row of a table of logits lies; entries of keys past the sequence's last are never read.
 FSQ_DEVICE int64_t table_row(const Table& t, const Sequence& s, const Query& q) {
   return s.b * t.sb + q.h * t.sh + int64_t(s.q0 + q.i) * t.sl + s.k0 * t.ss;

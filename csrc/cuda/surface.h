@@ -25,5 +25,9 @@ std::string cuda_attention_forward(const CudaAttentionParams& p);
 // The forward kernel for Hopper, and why it would not take a call, empty if it would.
 std::string cuda_attention_hopper(const CudaAttentionParams& p);
 std::string cuda_attention_hopper_refuses(const CudaAttentionParams& p);
+std::string cuda_attention_backward(const CudaAttentionGradParams& p);
+// Bytes of shared memory that a CTA of the backward pass takes; of `p` it reads sizes, dtype, dropout and whether there
+// is a bias.
+int cuda_attention_backward_bytes(const AttentionParams& p);
 
 }  // namespace fusedseq

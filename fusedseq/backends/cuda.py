@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedseq.backends import cuda_attention
-from fusedseq.backends.cuda_attention import attention_forward
+from fusedseq.backends.cuda_attention import attention_backward, attention_forward
 from fusedseq.backends.cuda_scan import scan_backward, scan_forward
 from fusedseq.backends.one_step import cells
 from fusedseq.backends.tensors import DTYPES
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fusedseq.registry import Call
 
 __all__ = [
-    "attention_forward", "cell_backward", "cell_forward", "device", "emulated", "missing", "name", "scan_backward",
-    "scan_forward", "supports",
+    "attention_backward", "attention_forward", "cell_backward", "cell_forward", "device", "emulated", "missing", "name",
+    "scan_backward", "scan_forward", "supports",
 ]  # fmt: skip
 
 name = "cuda"

@@ -5,6 +5,7 @@ Nothing is read back from the device: lengths, packed sequences and the seed of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from fusedseq import config
 from fusedseq.backends import cuda_scan, tensors
-from fusedseq.backends.cpu_attention import _broadcast, _dense, _heads, _like
+from fusedseq.backends.cpu_attention import _broadcast, _dense, _like
 from fusedseq.reference.attention import Problem, threshold
 
 if TYPE_CHECKING:
     from fusedseq.registry import AttentionCall
 
 WIDEST = 256
-LONGEST = 2**29  # positions and windows are 32-bit numbers, and so are their sums
+LONGEST = 2**29  # positions and windows are 32-bit numbers, and so are their sums; rows of a pair are too
 # Rows of a pair (a key head with the query heads that use it) up to which its keys are cut into parts, the keys from
 # which on, the keys of the smallest part, and how many parts at most.
 FEW_ROWS = 64
@@ -35,9 +36,22 @@ def supports(call: AttentionCall) -> str | None:
         return f"heads may have up to {WIDEST} elements, these have {max(call.E, call.Ev)}"
     if max(call.L, call.S) >= LONGEST:
         return f"sequences may have up to {LONGEST} positions, these have {max(call.L, call.S)}"
+    rows = call.L * (call.Hq // max(call.Hkv, 1))
+    if rows >= 2 * LONGEST:
+        return f"a key head may have up to {2 * LONGEST} queries, this one has {rows}"
     if call.grad:
-        return "attention has no backward kernel yet"
+        core = cuda_scan._core()
+        wanted = core.attention_backward_shared(call.E, call.Ev, call.bias, call.dropout)
+        there = core.device()[2]
+        if wanted > there:
+            return f"its backward pass wants {wanted} bytes of shared memory for such heads, a block may have {there}"
     return None
+
+
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides; 0 where there is one entry, whose stride says nothing of how rows are aligned."""
+    sb, sh, sn = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
+    return t.data_ptr(), sb, sh, sn
 
 
 def _filled(t: Tensor) -> Tensor:
@@ -132,3 +146,48 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
         hopper = config.settings.cuda_attention == "hopper" and not core.attention_hopper_refuses(*arguments)
         (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
+
+
+def attention_backward(
+    p: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],  # of q, k, v, bias, alibi_slopes, sinks
+) -> tuple[Tensor | None, ...]:
+    if lse.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if need and t is not None else None for t, need in zip(p.inputs(), needs, strict=True)
+        )
+    call = Call(p)
+    out, lse = _filled(out), lse.contiguous()
+    dout = torch.zeros_like(out) if dout is None else _filled(dout.to(out.dtype))
+    dlse = None if dlse is None else dlse.float().contiguous()
+    dq = _like(call.q, call.q.shape[3]) if needs[0] else None
+    dk = dv = None
+    if needs[1] or needs[2]:
+        dk, dv = _like(call.k, call.k.shape[3]), _like(call.v, call.v.shape[3])
+    if p.cu_q is not None:  # rows and keys outside all sequences are not visited
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()
+    dbias = p.bias.new_empty(p.bias.shape, dtype=torch.float32) if needs[3] and p.bias is not None else None
+    dalibi = torch.empty_like(call.alibi) if needs[4] and call.alibi is not None else None
+    dsinks = torch.empty_like(call.sinks) if needs[5] and call.sinks is not None else None
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    slopes = None if dalibi is None else torch.zeros_like(lse)
+    with cuda_scan._on(p.q) as stream:
+        scratch = {"lse2": lse2.data_ptr(), "delta": delta.data_ptr(), "slopes": tensors.pointer(slopes)}
+        cuda_scan._core().attention_backward(
+            call.sizes, call.tensors(out, lse), call.numbers(), call.named(stream) | scratch,
+            (
+                _heads(dout), tensors.pointer(dlse), *(None if t is None else _heads(t) for t in (dq, dk, dv)),
+                _broadcast(dbias), tensors.pointer(dalibi), tensors.pointer(dsinks),
+            ),
+        )  # fmt: skip
+    grads = (dq, dk, dv, dbias, dalibi, dsinks)
+    return tuple(
+        g[..., : t.shape[-1]].to(t.dtype) if need and g is not None and t is not None else None
+        for g, t, need in zip(grads, p.inputs(), needs, strict=True)
+    )

@@ -45,12 +45,48 @@ std::string hopper_refuses(const py::tuple& sizes, const py::tuple& tensors, con
   return cuda_attention_hopper_refuses(device_params(sizes, tensors, options, named));
 }
 
+// (dout, dlse, dq, dk, dv, dbias, dalibi, dsinks), and by name the scratch: lse2, delta, slopes.
+void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named,
+              const py::tuple& grads) {
+  const Arguments a(named);
+  CudaAttentionGradParams g{};
+  g.fwd = device_params(sizes, tensors, options, named);
+  g.dout = heads(grads[0]);
+  g.dlse = pointer(grads[1]);
+  g.dq = heads(grads[2]);
+  g.dk = heads(grads[3]);
+  g.dv = heads(grads[4]);
+  g.dbias = table(grads[5]);
+  g.dalibi = pointer(grads[6]);
+  g.dsinks = pointer(grads[7]);
+  g.lse2 = a.pointer<float>("lse2");
+  g.delta = a.pointer<float>("delta");
+  g.slopes = a.pointer<float>("slopes");
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = cuda_attention_backward(g);
+  }
+  check(error);
+}
+
+int backward_shared(int64_t E, int64_t Ev, bool bias, bool dropout) {
+  AttentionParams p{};
+  p.E = E;
+  p.Ev = Ev;
+  p.bias.data = bias ? &p : nullptr;  // it is asked only whether there is one
+  p.dropout = dropout;
+  return cuda_attention_backward_bytes(p);
+}
+
 }  // namespace
 
 void bind_cuda_attention(py::module_& m) {
   m.def("attention_forward", &forward<cuda_attention_forward>);
   m.def("attention_hopper", &forward<cuda_attention_hopper>);
   m.def("attention_hopper_refuses", &hopper_refuses);
+  m.def("attention_backward", &backward);
+  m.def("attention_backward_shared", &backward_shared, "Bytes of shared memory that a CTA of the backward pass takes.");
 }
 
 }  // namespace fusedseq

@@ -1,0 +1,213 @@
+// Attention's backward pass, keys: a CTA owns the gradients of a tile of keys and values and goes over the rows that
+// see them, which are the queries of all heads of their group.
+//
+// Keys are the rows of the accumulators, 16 MT to a warp, so that P^T and dS^T are left operands of the next products
+// as they come out of the first two, and nothing but tensors passes through shared memory. Rows come in tiles of
+// `kStream`, the next one while one is worked on.
+#include "cuda/attention_backward.h"
+#include "cuda/attention_gradients.cuh"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+namespace {
+
+// Which sums a CTA makes: heads wider than 128 have registers for one at a time.
+constexpr int kWithDk = 1, kWithDv = 2;
+
+// W: padded size of a head. PLAIN: plain_logits(). Two tiles of keys to a warp halve what it reads of rows, where
+// registers allow it.
+template <class E, int W, bool PLAIN>
+struct Keys {
+  static constexpr int kWarps = 4, kTiles = W <= 64 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
+  static constexpr int kStream = W <= 128 ? 64 : 32;
+  static constexpr int kPart = W <= 64 ? 16 : 32;  // rows of a tile that registers have room for at a time
+
+  Operand<E, W> k, v;
+  // Two stages of kStream rows each.
+  Operand<E, W> q, dout;
+  RowTable<!PLAIN> rows;
+  KeptTable kept;
+
+  template <class Arena>
+  FSQ_BOTH static Keys carve(Arena& arena, bool dropout) {
+    Keys m;
+    m.k = Operand<E, W>::carve(arena, kOwn);
+    m.v = Operand<E, W>::carve(arena, kOwn);
+    m.q = Operand<E, W>::carve(arena, 2 * kStream);
+    m.dout = Operand<E, W>::carve(arena, 2 * kStream);
+    m.rows = RowTable<!PLAIN>::carve(arena, 2 * kStream);
+    m.kept = KeptTable::carve(arena, dropout ? 2 * kStream : 0, kOwn);
+    return m;
+  }
+};
+
+struct Layout {
+  int64_t tiles, section;
+  bool q, k, v, dout;  // 16-byte rows
+};
+
+// The rows that keys j0 .. j0 + size - 1 of a sequence meet.
+FSQ_DEVICE Range rows_to_meet(const CudaAttentionParams& c, const Sequence& s, int j0, int size, int stream,
+                              bool& global) {
+  const AttentionParams& p = c.a;
+  global = false;
+  if (j0 >= s.S) return {0, 0, 0, 0};
+  Range rows = row_range(p, s, j0, least(j0 + size, s.S) - 1, stream);
+  if (j0 + size > s.S) rows.inner_last = 0;
+  if (c.ranks) {
+    const int32_t* const ranks = c.ranks + s.b * c.ranks_sb + s.k0;
+    global = ranks[least(j0 + size, s.S)] > ranks[j0];
+  }
+  if (global) {
+    const int first = p.causal ? most(j0 - s.diagonal, 0) * heads_of_group(p) / stream * stream : 0;
+    rows.first = rows.last ? least(rows.first, first) : first;
+    rows.last = s.L * heads_of_group(p);
+  }
+  return rows;
+}
+
+template <class E, int W, int SUMS, bool PLAIN>
+__global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
+    attention_backward_keys_kernel(const __grid_constant__ CudaAttentionGradParams g, const Layout layout) {
+  typedef Keys<E, W, PLAIN> K;
+  constexpr int MT = K::kTiles, NT = K::kPart / 8;
+  const AttentionParams& p = g.fwd.a;
+  SharedArena arena = dynamic_shared();
+  const K memory = K::carve(arena, p.dropout);
+  const int thread = int(threadIdx.x), warp_row = thread / 32 * 16 * MT;
+  const Work work(p, int64_t(blockIdx.x), p.cu_k, layout.tiles, layout.section, 1, K::kOwn, false);
+  const Sequence s(p, work.n);
+  const int j0 = work.first, stored = p.cu_k ? s.S : int(p.S);
+  if (j0 >= stored) return;
+  bool global;
+  const Range rows = rows_to_meet(g.fwd, s, j0, K::kOwn, K::kStream, global);
+
+  const auto own = [&](const Operand<E, W>& to, const Heads& t, int64_t width, bool aligned) {
+    to.load(static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn, int(width), aligned,
+            thread, K::kThreads, [&](int r) { return j0 + r < s.S ? (j0 + r) * t.sn : int64_t(-1); });
+  };
+  own(memory.k, p.k, p.E, layout.k);
+  if (SUMS & kWithDk) own(memory.v, p.v, p.Ev, layout.v);
+
+  const Random random = random_of(g.fwd);
+  const auto load = [&](int stage, int row0) {
+    const int at = stage * K::kStream;
+    const auto query = [&](int r) { return Query(p, s, work.hkv, row0 + r); };
+    const auto stream = [&](const Operand<E, W>& o, const Heads& t, int64_t width, bool aligned) {
+      o.load(static_cast<const E*>(t.data) + s.b * t.sb, int(width), aligned, thread, K::kThreads, [&](int r) {
+        const Query q = query(r);
+        return q.real ? q.h * t.sh + int64_t(s.q0 + q.i) * t.sn : int64_t(-1);
+      });
+    };
+    stream(memory.q.part(at, K::kStream), p.q, p.E, layout.q);
+    stream(memory.dout.part(at, K::kStream), g.dout, p.Ev, layout.dout);
+    ptx::cp_async_commit();
+    memory.rows.part(at, K::kStream).fill(g, s, thread, K::kThreads, query);
+    if (!PLAIN && p.dropout)
+      memory.kept.part(at, K::kStream).fill(random, s, K::kStream, s.k0 + j0, K::kOwn, thread, K::kThreads, query);
+  };
+
+  // Which of this thread's keys are seen from everywhere.
+  uint32_t flags = 0;
+  if (!PLAIN && global)
+    for (int r = 0; r < 2 * MT; ++r) {
+      const int j = j0 + accumulator_row(warp_row, 0) + 8 * r;
+      if (j < s.S) flags |= uint32_t(p.global_keys[s.b * p.global_sb + s.k0 + j] != 0) << r;
+    }
+  const GradientNumbers numbers = GradientNumbers::of<!PLAIN>(p, s);
+  const int to_block = (s.k0 + j0) % kRandomKeys;
+  float dk[MT][W / 8][4] = {}, dv[MT][W / 8][4] = {};
+
+  int stage = 0;
+  if (rows.first < rows.last) load(0, rows.first);
+  for (int row0 = rows.first; row0 < rows.last; row0 += K::kStream, stage ^= 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this stage is there, and nobody reads the other one any more
+    if (row0 + K::kStream < rows.last) load(stage ^ 1, row0 + K::kStream);
+    if constexpr (!PLAIN)
+      if (p.dense.data && !allows(p, memory.rows.part(stage * K::kStream, K::kStream), K::kOwn, s.S, thread,
+                                  K::kThreads, [&](int n) { return j0 + n; }))
+        continue;
+
+    const bool edge = !rows.whole(row0, K::kStream);
+    FSQ_UNROLL_BY(1)
+    for (int part = 0; part < K::kStream && row0 + part < rows.last; part += K::kPart) {
+      const int at = stage * K::kStream + part;
+      const Operand<E, W> q = memory.q.part(at, K::kPart), dout = memory.dout.part(at, K::kPart);
+      float x[MT][NT][4] = {}, y[MT][NT][4] = {};
+      multiply_rows(x, memory.k, warp_row, q);
+      if constexpr (SUMS & kWithDk) multiply_rows(y, memory.v, warp_row, dout);
+      FSQ_UNROLL
+      for (int n = 0; n < NT; ++n) FSQ_UNROLL
+      for (int m = 0; m < MT; ++m) FSQ_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int own_row = accumulator_row(warp_row + 16 * m, e / 2), r = at + accumulator_column(n, e);
+        const bool kept = PLAIN || !p.dropout || memory.kept.keeps(r, to_block + own_row);
+        float unused = 0;
+        gradient<!PLAIN, false>(p, numbers, memory.rows, r, j0 + own_row, global ? Look::both : Look::window,
+                                flags >> (2 * m + e / 2) & 1, edge, kept, x[m][n][e], y[m][n][e], unused);
+      }
+      if constexpr (SUMS & kWithDv) multiply_columns(dv, x, dout);
+      if constexpr (SUMS & kWithDk) multiply_columns(dk, y, q);
+    }
+  }
+  ptx::cp_async_wait<0>();
+
+  // Keys behind the length of a row have a gradient too, which is 0.
+  const auto store = [&](const float (&sums)[MT][W / 8][4], const Heads& t, int64_t width, float scale) {
+    E* const base = static_cast<E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
+    FSQ_UNROLL
+    for (int m = 0; m < MT; ++m)
+      store_rows<E, W>(sums[m], base, int(width), scale, warp_row + 16 * m,
+                       [&](int r) { return j0 + r < stored ? (j0 + r) * t.sn : int64_t(-1); });
+  };
+  if constexpr (SUMS & kWithDk) store(dk, g.dk, p.E, float(p.scale));
+  if constexpr (SUMS & kWithDv) store(dv, g.dv, p.Ev, 1.0f);
+}
+
+template <class E, int W, int SUMS, bool PLAIN>
+std::string launch(const CudaAttentionGradParams& g) {
+  typedef Keys<E, W, PLAIN> K;
+  const AttentionParams& p = g.fwd.a;
+  const Layout layout{
+      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout)};
+  const int64_t tiles = layout.tiles * (p.cu_k ? 1 : p.B) * p.Hkv;
+  if (tiles == 0) return "";
+  SharedArena arena;
+  K::carve(arena, p.dropout);
+  Launch launch("attention_backward_keys", describe(p), dim3(unsigned(tiles)), dim3(K::kThreads));
+  launch.shared = arena.bytes();
+  launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
+  return run(&attention_backward_keys_kernel<E, W, SUMS, PLAIN>, launch, g, layout);
+}
+
+template <class E, int W, bool PLAIN>
+std::string launch_all(const CudaAttentionGradParams& g) {
+  if constexpr (W <= 128) {
+    return launch<E, W, kWithDk | kWithDv, PLAIN>(g);
+  } else {
+    const std::string error = launch<E, W, kWithDk, PLAIN>(g);
+    return error.empty() ? launch<E, W, kWithDv, PLAIN>(g) : error;
+  }
+}
+
+}  // namespace
+
+int attention_backward_keys_bytes(const AttentionParams& p) {
+  return for_heads(p, [&](auto e, auto w) {
+    SharedArena arena;
+    Keys<decltype(e), decltype(w)::value, false>::carve(arena, p.dropout);
+    return arena.bytes();
+  });
+}
+
+std::string attention_backward_keys(const CudaAttentionGradParams& g) {
+  return for_heads(g.fwd.a, [&](auto e, auto w) {
+    typedef decltype(e) E;
+    constexpr int W = decltype(w)::value;
+    return plain_logits(g.fwd.a) ? launch_all<E, W, true>(g) : launch_all<E, W, false>(g);
+  });
+}
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq

@@ -1,0 +1,242 @@
+// The first half of attention's backward: probabilities again from lse, and the gradients of logits, for the
+// accumulators of mma.sync.
+//
+// With D = dout . out - dlse of a row, the gradient of its logit is P (dP - D), where dP = dout . v (0 where dropped;
+// Dao et al. 2022, arXiv:2205.14135, algorithm 4). The gradient of a sink is -P_sink D. Products and sums are float32;
+// P and the gradients are rounded to the type of the tensors where they enter products again.
+#pragma once
+#include "cuda/attention.h"
+#include "cuda/attention_operand.cuh"
+#include "cuda/attention_scores.cuh"
+
+namespace fusedseq {
+namespace FSQ_ISA {
+
+// What a tile of `rows` queries brings along, in shared memory; lse in units of ln 2, +inf for rows that are not there
+// or see nothing. Full: for calls whose logits are more than scaled products (plain_logits).
+template <bool Full>
+struct RowTable {
+  SharedSpan<float> lse, delta, slope;
+  SharedSpan<int> diagonal;
+  SharedSpan<int64_t> bias, dense;
+  int rows;
+
+  template <class Arena>
+  FSQ_BOTH static RowTable carve(Arena& arena, int rows) {
+    RowTable t;
+    t.rows = rows;
+    t.lse = arena.template take<float>(rows);
+    t.delta = arena.template take<float>(rows);
+    t.diagonal = arena.template take<int>(rows);
+    if (Full) {
+      t.slope = arena.template take<float>(rows);
+      t.bias = arena.template take<int64_t>(rows);
+      t.dense = arena.template take<int64_t>(rows);
+    }
+    return t;
+  }
+
+  // Rows first .. first + count.
+  FSQ_DEVICE RowTable part(int first, int count) const {
+    RowTable t;
+    t.rows = count;
+    t.lse = lse.sub(first, count);
+    t.delta = delta.sub(first, count);
+    t.diagonal = diagonal.sub(first, count);
+    if (Full) {
+      t.slope = slope.sub(first, count);
+      t.bias = bias.sub(first, count);
+      t.dense = dense.sub(first, count);
+    }
+    return t;
+  }
+
+  // query(r) is the Query of row r.
+  template <class At>
+  FSQ_DEVICE void fill(const CudaAttentionGradParams& g, const Sequence& s, int thread, int threads, At query) const {
+    const AttentionParams& p = g.fwd.a;
+    for (int r = thread; r < rows; r += threads) {
+      const Query q = query(r);
+      const int64_t at = (s.b * p.Hq + q.h) * p.L + s.q0 + q.i;
+      lse.store(r, q.real ? g.lse2[at] : infinity());
+      delta.store(r, q.real ? g.delta[at] : 0.0f);
+      diagonal.store(r, q.d);
+      if (Full) {
+        slope.store(r, p.alibi_slopes ? static_cast<const float*>(p.alibi_slopes)[q.h] : 0.0f);
+        bias.store(r, p.bias.data ? table_row(p.bias, s, q) : 0);
+        dense.store(r, p.dense.data ? table_row(p.dense, s, q) : 0);
+      }
+    }
+  }
+};
+
+// What dropout leaves of a tile of queries and keys: a word for each counter, of which one evaluation tells four keys.
+struct KeptTable {
+  SharedSpan<uint16_t> words;
+  int blocks;  // of 64 keys
+
+  template <class Arena>
+  FSQ_BOTH static KeptTable carve(Arena& arena, int rows, int keys) {
+    KeptTable t;
+    t.blocks = (keys + 2 * kRandomKeys - 2) / kRandomKeys;  // a tile may begin within a block
+    t.words = arena.template take<uint16_t>(rows * t.blocks * 16);
+    return t;
+  }
+  // Rows first .. first + count.
+  FSQ_DEVICE KeptTable part(int first, int count) const {
+    KeptTable t;
+    t.blocks = blocks;
+    t.words = words.sub(first * blocks * 16, count * blocks * 16);
+    return t;
+  }
+  // x: how far the key lies from the first one of its tile's first block, in a tile of picked keys its column.
+  FSQ_DEVICE bool keeps(int row, int x) const { return words[(row * blocks + x / 64) * 16 + x % 16] >> x / 16 % 4 & 1; }
+
+  // Of the keys from `first` on, which counts from the beginning of the tensor. query(r) is the Query of row r.
+  template <class At>
+  FSQ_DEVICE void fill(const Random& random, const Sequence& s, int rows, int first, int keys, int thread, int threads,
+                       At query) const {
+    const int base = first / kRandomKeys, used = (first + keys - 1) / kRandomKeys - base + 1;
+    for (int n = thread; n < rows * used * 16; n += threads) {
+      const int r = n / (used * 16), block = n / 16 % used, c = n % 16;
+      const Query q = query(r);
+      const RandomWords all =
+          philox(random.seed, uint32_t((base + block) * 16 + c), uint32_t(s.q0 + q.i), uint32_t(q.h), uint32_t(s.b));
+      uint32_t bits = 0;
+      FSQ_UNROLL
+      for (int w = 0; w < 4; ++w) bits |= uint32_t(all.w[w] >= random.threshold) << w;
+      words.store((r * blocks + block) * 16 + c, uint16_t(bits));
+    }
+  }
+  // Of the global keys from `at` on.
+  template <class At>
+  FSQ_DEVICE void fill_picked(const Random& random, const Sequence& s, int rows, const GlobalKeys& far, int at,
+                              int keys, int thread, int threads, At query) const {
+    for (int n = thread; n < rows * blocks * 16; n += threads) {
+      const int r = n / (blocks * 16), block = n / 16 % blocks, c = n % 16;
+      const Query q = query(r);
+      uint32_t bits = 0;
+      for (int w = 0; w < 4; ++w) {
+        const int x = block * 64 + w * 16 + c;
+        if (x < keys && at + x < far.last)
+          bits |= uint32_t(random.keeps(uint32_t(s.b), uint32_t(q.h), uint32_t(s.q0 + q.i),
+                                        uint32_t(s.k0 + far.key(at + x))))
+                  << w;
+      }
+      words.store((r * blocks + block) * 16 + c, uint16_t(bits));
+    }
+  }
+};
+
+// The numbers of a call that every element needs.
+struct GradientNumbers {
+  float scale, softcap, keep_scale;  // a plain call's scale makes logits in units of ln 2
+  int left;
+  uint32_t window;  // how far from its first key to its last a row's window reaches
+  int keys;
+  bool causal, dropout;
+
+  template <bool Full>
+  FSQ_DEVICE static GradientNumbers of(const AttentionParams& p, const Sequence& s) {
+    GradientNumbers n;
+    n.scale = float(Full ? p.scale : p.scale * kLog2e);
+    n.softcap = float(p.softcap);
+    n.keep_scale = float(p.keep_scale);
+    // Positions are below 2^29: a window without a bound reaches everywhere, and no sum overflows.
+    n.left = p.left >= 0 && p.left < kNowhere ? int(p.left) : kNowhere;
+    n.window = uint32_t(n.left) + uint32_t(p.right >= 0 && p.right < kNowhere ? int(p.right) : kNowhere);
+    n.keys = s.S;
+    n.causal = p.causal != 0;
+    n.dropout = p.dropout;
+    return n;
+  }
+  FSQ_DEVICE bool near(int distance) const { return uint32_t(distance + left) <= window; }
+};
+
+// How a row sees the keys of a tile.
+enum class Look {
+  window,  // those near it
+  beyond,  // those picked from the list of global keys that are not near
+  both,    // those near it, and global ones: `global` tells
+};
+
+// One element: of a row and key, its product x becomes the probability that the output was made of, and y = dout . v
+// the gradient of its logit, with Raw that of the logit itself, else of the product before the softcap (unscaled).
+// `slopes` gains what -dalibi does.
+template <bool Full, bool Raw>
+FSQ_DEVICE void gradient(const AttentionParams& p, const GradientNumbers& c, const RowTable<Full>& rows, int r, int j,
+                         Look look, bool global, bool edge, bool kept, float& x, float& y, float& slopes) {
+  const float lse = rows.lse[r], delta = rows.delta[r];
+  const int distance = j - rows.diagonal[r];
+  bool seen = true;
+  if (edge) {
+    const bool near = c.near(distance), reach = !c.causal || distance <= 0;
+    seen = look == Look::window ? near : look == Look::beyond ? !near && reach : near || (global && reach);
+    seen = seen && uint32_t(j) < uint32_t(c.keys);
+  }
+  if constexpr (!Full) {
+    const float weight = seen ? ptx::exp2_approx(fma(x, c.scale, -lse)) : 0.0f;
+    x = weight;
+    y = weight * (y - delta);
+  } else {
+    if (seen && lse == infinity()) seen = false;  // tables have no such row
+    if (seen && p.dense.data) seen = static_cast<const uint8_t*>(p.dense.data)[rows.dense[r] + j * p.dense.ss] != 0;
+    float l = x * c.scale, tangent = 1.0f;
+    if (c.softcap != 0) {
+      const float t = FSQ_ISA::tanh(l / c.softcap);
+      l = t * c.softcap;
+      tangent = fma(-t, t, 1.0f);
+    }
+    if (p.bias.data && seen) l += bias_at(p, rows.bias[r] + j * p.bias.ss);
+    const float far = ::fabsf(float(distance));
+    if (p.alibi_slopes) l = fma(-rows.slope[r], far, l);
+    const float weight = seen ? ptx::exp2_approx(fma(l, float(kLog2e), -lse)) : 0.0f;
+    float dp = y;
+    x = weight;
+    if (c.dropout) {
+      x = kept ? weight * c.keep_scale : 0.0f;
+      dp = kept ? dp * c.keep_scale : 0.0f;
+    }
+    const float ds = weight * (dp - delta);
+    if (p.alibi_slopes && seen) slopes = fma(ds, far, slopes);
+    y = Raw ? ds : ds * tangent;
+  }
+}
+
+// Whether the table of booleans lets any of the rows see any of the keys; all threads of the block take part.
+template <class Key>
+FSQ_DEVICE bool allows(const AttentionParams& p, const RowTable<true>& rows, int keys, int behind, int thread,
+                       int threads, Key key) {
+  bool any = false;
+  for (int n = thread; n < rows.rows * keys && !any; n += threads) {
+    const int r = n / keys, j = key(n % keys);
+    if (rows.lse[r] != infinity() && uint32_t(j) < uint32_t(behind))
+      any = static_cast<const uint8_t*>(p.dense.data)[rows.dense[r] + j * p.dense.ss] != 0;
+  }
+  return __syncthreads_or(any);
+}
+
+// Writes the rows of accumulators times `scale`; at(r) is where row r begins, below 0 where it has no place.
+template <class E, int W, class At>
+FSQ_DEVICE void store_rows(const float (&sums)[W / 8][4], E* base, int width, float scale, int first, At at) {
+  FSQ_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t to = at(accumulator_row(first, half));
+    if (to < 0) continue;
+    const bool pairs = (reinterpret_cast<uintptr_t>(base + to) & 3) == 0;
+    FSQ_UNROLL
+    for (int n = 0; n < W / 8; ++n) {
+      const int c = accumulator_column(n, 0);
+      const float low = sums[n][2 * half] * scale, high = sums[n][2 * half + 1] * scale;
+      if (pairs && c + 1 < width) {
+        *reinterpret_cast<uint32_t*>(base + to + c) = pack<E>(low, high);
+      } else {
+        if (c < width) base[to + c] = narrow<E>(low);
+        if (c + 1 < width) base[to + c + 1] = narrow<E>(high);
+      }
+    }
+  }
+}
+
+}  // namespace FSQ_ISA
+}  // namespace fusedseq
