@@ -19,7 +19,7 @@ from fusedseq.ops.attention import run
 from fusedseq.reference import attention as reference
 from fusedseq.reference.attention import BOTTOM_RIGHT, TOP_LEFT, Problem
 from fusedseq.testing.attention_cases import AttentionCase, AttentionInputs, make_attention
-from fusedseq.testing.attention_compare import compare_with, judge_attention
+from fusedseq.testing.attention_compare import compare_with, evaluate_attention, judge_attention
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,19 @@ def test_dropout_is_the_specification_s(extra: str) -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_turn_or_level_the_order_of_logits(scale: float) -> None:
     right("B1H2L70S90E16-causal", scale=scale)
+
+
+@pytest.mark.parametrize("extra", ["", "-softcap"])
+@pytest.mark.parametrize(("left", "right"), [(30, -1), (-1, 30), (70, 80)])
+def test_windows_over_several_tiles(left: int, right: int, extra: str) -> None:
+    """Tiles that all rows see, that some see and that none sees, on either side and for both passes."""
+    made = make_attention(AttentionCase(f"B1H2L140S200E16{extra}"), torch.bfloat16)
+    windowed = made.problem._replace(left=left, right=right)
+    base = compare_with(AttentionInputs(made.case, windowed, made.dout, None))
+    with cuda_emulated.device(5):
+        outcome = evaluate_attention(run, base.inputs)
+    wrong = [str(error) for error in judge_attention(outcome, base) if not error.ok]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("causal", [TOP_LEFT, BOTTOM_RIGHT])

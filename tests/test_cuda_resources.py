@@ -125,6 +125,20 @@ def test_attention_forward_keeps_to_registers_and_tensor_cores() -> None:
                 assert instruction in function, f"{plain(function.splitlines()[0])}: no {instruction} for {arch}"
 
 
+def test_attention_backward_does_not_spill_and_keeps_to_tensor_cores() -> None:
+    counts = {"queries": 2 * 3 * 2, "keys": 2 * 4 * 2, "bias": 2 * 3}
+    for arch in ARCHS:
+        for which, count in counts.items():
+            name = f"attention_backward_{which}"
+            kernels = {one: used for one, used in measured()[arch].items() if one.startswith(f"{name}_kernel ")}
+            assert len(kernels) == count, "dtypes, widths (of keys with dk and dv apart), plain or not"
+            assert all(stack == 0 for _, stack in kernels.values()), f"{arch}: spills in {kernels}"
+            (path,) = (one for one in objects() if one.stem == name)
+            for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
+                for instruction in ("HMMA", "LDSM", "LDGSTS", "MUFU.EX2"):
+                    assert instruction in function, f"{plain(function.splitlines()[0])}: no {instruction} for {arch}"
+
+
 def main() -> None:
     BUDGET.parent.mkdir(exist_ok=True)
     lines = []

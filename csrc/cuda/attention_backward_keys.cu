@@ -19,7 +19,7 @@ constexpr int kWithDk = 1, kWithDv = 2;
 template <class E, int W, bool PLAIN>
 struct Keys {
   static constexpr int kWarps = 4, kTiles = W <= 64 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
-  static constexpr int kStream = W <= 128 ? 64 : 32;
+  static constexpr int kStream = W <= 64 ? 64 : 32;
   static constexpr int kPart = W <= 64 ? 16 : 32;  // rows of a tile that registers have room for at a time
 
   Operand<E, W> k, v;
