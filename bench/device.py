@@ -32,7 +32,11 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = {"rnn": ("cuda", "triton"), "attention": ("cuda", "triton")}
 TESTS = {
     "rnn": ["tests/test_parity.py"],
-    "attention": ["tests/test_attention_parity.py", "tests/test_rows_parity.py"],
+    "attention": [
+        "tests/test_attention_parity.py",
+        "tests/test_rows_parity.py",
+        "tests/test_cuda_hopper_device.py",
+    ],
 }
 # One case that uses most of a kernel: both directions, lengths, resets, several tiles of units.
 SANITIZED = {

@@ -30,6 +30,12 @@ def previous(cell: int, dtype: int, sizes: tuple[int, ...], named: dict[str, Any
 def attention_forward(
     sizes: tuple[int, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], named: dict[str, Any]
 ) -> None: ...
+def attention_hopper(
+    sizes: tuple[int, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], named: dict[str, Any]
+) -> None: ...
+def attention_hopper_refuses(
+    sizes: tuple[int, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], named: dict[str, Any]
+) -> str: ...
 def attention_backward(
     sizes: tuple[int, ...],
     tensors: tuple[Any, ...],

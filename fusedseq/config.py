@@ -14,6 +14,9 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 # How the cuda backend may run a scan, as `fusedseq._cuda.tiers` names them; docs/gpu-scans.md.
 CUDA_TIERS = ("step", "block", "cluster", "grid")
 
+# Which forward kernel the cuda backend has for attention; docs/gpu-attention-hopper.md.
+CUDA_ATTENTION = ("mma", "hopper")
+
 # How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.
 _RELATED = (
     "FUSEDSEQ_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TORCH", "TRITON_",
@@ -35,6 +38,7 @@ class Settings:
     interpret: bool = False
     autotune: bool = False
     cuda_tier: str | None = None
+    cuda_attention: str | None = None
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -74,6 +78,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
         autotune=_flag(environ, "FUSEDSEQ_AUTOTUNE"),
         cuda_tier=_one_of(environ, "FUSEDSEQ_CUDA_TIER", CUDA_TIERS),
+        cuda_attention=_one_of(environ, "FUSEDSEQ_CUDA_ATTENTION", CUDA_ATTENTION),
         # Triton's own variable, and its own reading of it.
         interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )

@@ -19,11 +19,24 @@ EVERYWHERE = {
     "grid": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "ATOMG.E.ADD.STRONG.GPU", "MEMBAR", "NANOSLEEP"],
     "cluster": [],
     "scan": [],
+    "tensor": [],
+    "wgmma": [],
 }
 # Wrappers of Hopper's instructions trap on sm_80, and what would follow is left out.
 HOPPER = {
     "cluster": ["UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "STAS", "UBLKCP.S.S", "UBLKCP.S.G", "FENCE.VIEW.ASYNC"],
     "scan": ["HMMA.16816.F32.BF16", "LDSM.16.M88.2", "UCGABAR_ARV"],
+    "wgmma": [
+        "HGMMA.64x64x16.F32.BF16",
+        "HGMMA.64x64x16.F32",
+        "HGMMA.64x256x16.F32.BF16",
+        "WARPGROUP.ARRIVE",
+        "WARPGROUP.DEPBAR",
+        "USETMAXREG.DEALLOC",
+        "USETMAXREG.TRY_ALLOC",
+    ],
+    "tensor": [f"{name}.{rank}D" for name in ("UTMALDG", "UTMASTG") for rank in (2, 3, 4, 5)]
+    + ["UTMACMDFLUSH", "UTMACCTL.PF"],
 }
 
 
@@ -51,7 +64,7 @@ def test_instructions(name, arch):
         pytest.skip("neither triton nor the CUDA toolkit brings nvdisasm")
     cubin = OUT / f"sm_{arch}" / f"{name}.cubin"
     text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.]+)", text))
+    found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.x]+)", text))
     wanted = EVERYWHERE[name] + (HOPPER.get(name, []) if arch == "90a" else [])
     missing = [w for w in wanted if not any(f == w or f.startswith(w + ".") for f in found)]
     assert found and not missing, f"{missing} not among {sorted(found)}"

@@ -18,7 +18,7 @@ constexpr int kNowhere = 1 << 30;  // the position of a key that is not there
 FSQ_BOTH int least(int a, int b) { return a < b ? a : b; }
 FSQ_BOTH int most(int a, int b) { return a > b ? a : b; }
 FSQ_BOTH int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-FSQ_BOTH int heads_of_group(const AttentionParams& p) { return int(p.Hq / p.Hkv); }
+FSQ_BOTH int heads_of_group(const AttentionParams& p) { return int(p.Hq) / int(p.Hkv); }
 
 // Whether there may be keys to see from beyond a window.
 FSQ_BOTH bool picks(const AttentionParams& p) { return p.global_keys && (p.left >= 0 || (p.right >= 0 && !p.causal)); }
@@ -55,24 +55,26 @@ struct Work {
 
   // `index` counts tiles of all pairs. Pairs come in sections of `section` whose keys and values fit L2 together;
   // within one, tiles of all pairs go from first to last or, if `backwards` (the later rows of a causal mask are the
-  // longest), from last to first, so that the shortest end the launch. cu: cu_q or cu_k.
-  FSQ_DEVICE Work(const AttentionParams& p, int64_t index, const int64_t* cu, int64_t tiles, int64_t section,
+  // longest), from last to first, so that the shortest end the launch. cu: cu_q or cu_k, null where nothing is packed.
+  // I: int64_t, or int where the count allows it, for a division of 64 bits is a subroutine.
+  template <class I>
+  FSQ_DEVICE Work(const AttentionParams& p, I index, const int64_t* cu, decltype(I()) tiles, decltype(I()) section,
                   int factor, int size, bool backwards) {
-    const int64_t pairs = (p.cu_q ? 1 : p.B) * p.Hkv, group = index / (tiles * section);
-    const int64_t rest = index - group * tiles * section, left = pairs - group * section;
-    const int64_t width = left < section ? left : section, pair = group * section + rest % width;
-    int64_t tile = rest / width;
+    const I heads = I(p.Hkv), pairs = (cu ? 1 : I(p.B)) * heads, group = index / (tiles * section);
+    const I rest = index - group * tiles * section, left = pairs - group * section;
+    const I width = left < section ? left : section, pair = group * section + rest % width;
+    I tile = rest / width;
     if (backwards) tile = tiles - 1 - tile;
-    n = int(pair / p.Hkv);
-    hkv = int(pair % p.Hkv);
-    if (p.cu_q) {
+    n = int(pair / heads);
+    hkv = int(pair % heads);
+    if (cu) {
       int64_t low = 0, high = p.N;  // the last sequence that begins at this tile or before
       while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (cu[middle] * factor / size + middle <= tile ? low : high) = middle;
       }
       n = int(low);
-      tile -= cu[low] * factor / size + low;
+      tile -= I(cu[low] * factor / size + low);
     }
     first = int(tile) * size;
   }

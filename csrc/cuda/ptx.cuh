@@ -1,4 +1,5 @@
-// Every PTX instruction of the CUDA backend, one small function each; no other file holds inline assembly.
+// Every PTX instruction of the CUDA backend, one small function each; no other file than this and ptx_hopper.cuh, which
+// it includes, holds inline assembly.
 //
 // Under FSQ_EMULATE the same functions, with the same signatures, come from tests/emulator/emulated_ptx.h, and the
 // emulator checks what a GPU leaves undefined (docs/emulator.md). Semantics: PTX ISA 9.0, sections 9.7 and 9.7.14.5
@@ -435,6 +436,8 @@ FSQ_PTX float reciprocal_approx(float x) {
 
 }  // namespace ptx
 }  // namespace fusedseq
+
+#include "cuda/ptx_hopper.cuh"
 
 #undef FSQ_PTX
 #undef FSQ_SM90

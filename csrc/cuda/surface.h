@@ -22,6 +22,9 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
 std::string cuda_attention_forward(const CudaAttentionParams& p);
+// The forward kernel for Hopper, and why it would not take a call, empty if it would.
+std::string cuda_attention_hopper(const CudaAttentionParams& p);
+std::string cuda_attention_hopper_refuses(const CudaAttentionParams& p);
 std::string cuda_attention_backward(const CudaAttentionGradParams& p);
 // Bytes of shared memory that a CTA of the backward pass takes; of `p` it reads sizes, dtype, dropout and whether there
 // is a bias.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedseq import config
 from fusedseq.backends import cuda_scan, tensors
 from fusedseq.backends.cpu_attention import _broadcast, _dense, _like
 from fusedseq.reference.attention import Problem, threshold
@@ -140,7 +141,10 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "parts": count, "part": size, "part_out": sums.data_ptr(), "part_top": tops.data_ptr(),
                 "part_total": totals.data_ptr(),
             }  # fmt: skip
-        cuda_scan._core().attention_forward(call.sizes, call.tensors(out, lse), call.numbers(), named)
+        arguments = (call.sizes, call.tensors(out, lse), call.numbers(), named)
+        core = cuda_scan._core()
+        hopper = config.settings.cuda_attention == "hopper" and not core.attention_hopper_refuses(*arguments)
+        (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
 
 

@@ -169,6 +169,9 @@ void leave_barriers(Thread* thread) {
   for (const Meeting& meeting : thread->warp->meetings)
     if (meeting.mask >> thread->lane & 1)
       fail("this thread exits while lanes 0x%08x of its warp wait for it in %s", meeting.arrived, meeting.kind);
+  const Warpgroup& group = thread->block->warpgroups[size_t(thread->linear) / kWarpgroupSize];
+  if (group.arrived)
+    fail("this thread exits while %d threads of its warpgroup wait for it in %s", group.arrived, group.kind);
 }
 
 void cluster_arrive(bool publishes) {

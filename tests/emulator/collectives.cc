@@ -68,16 +68,6 @@ float from_bits(uint32_t bits) {
   return value;
 }
 
-float half_to_float(uint32_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ffu;
-  if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) {
-    const float magnitude = float(mantissa) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
 float half_of(Product product, uint32_t packed, int which) {
   const uint32_t bits = which ? packed >> 16 : packed & 0xffffu;
   return product == Product::bf16 ? from_bits(bits << 16) : half_to_float(bits);
@@ -143,6 +133,16 @@ void answer_ldmatrix(void** requests, uint32_t) {
 }
 
 }  // namespace
+
+float half_to_float(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ffu;
+  if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) {
+    const float magnitude = float(mantissa) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+}
 
 void meet(const char* kind, uint32_t mask, void* request, void (*complete)(void** requests, uint32_t mask)) {
   Thread* me = self();

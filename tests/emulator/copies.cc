@@ -6,8 +6,6 @@ namespace emulator {
 
 namespace {
 
-constexpr uint32_t kPoison = 0x7fff7fffu;
-
 void take(PendingCopy& copy) {
   memset(copy.data, 0, sizeof copy.data);
   memcpy(copy.data, copy.source, size_t(copy.valid));

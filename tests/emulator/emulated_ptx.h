@@ -150,3 +150,5 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 }  // namespace ptx
 }  // namespace fusedseq
+
+#include "emulated_hopper.h"

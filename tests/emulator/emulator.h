@@ -77,6 +77,37 @@ void bulk_to_remote(uint32_t to, uint32_t from, uint32_t bytes, uint32_t mbarrie
 void bulk_to_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier);
 void fence_proxy_async();
 
+// Warpgroups. What is an array of registers elsewhere is a pointer and a number of 4-byte registers here.
+struct Registers {
+  void* data;
+  int count;
+};
+struct WgmmaShape {
+  Product product;
+  int columns;
+  bool mn_major_a, mn_major_b;
+};
+void wgmma_fence(const Registers* named, int arrays);
+void wgmma(const WgmmaShape& shape, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
+           bool accumulate);
+void wgmma_commit();
+void wgmma_wait(int pending, const Registers* named, int arrays);
+void setmaxnreg(int registers, bool increase);
+
+// Tensor maps: what the 128 opaque bytes of one record.
+struct TensorBox {
+  uint64_t magic, data;
+  uint32_t last[5];    // size - 1
+  uint64_t stride[5];  // bytes
+  uint16_t box[5];
+  uint8_t rank, swizzle_bytes;
+};
+void record(uint64_t (&opaque)[16], const TensorBox& box);
+void tensor_load(uint32_t to, const void* map, const int* at, int rank, uint32_t mbarrier);
+void tensor_store(const void* map, const int* at, int rank, uint32_t from);
+void bulk_commit();
+void bulk_wait(int pending);
+
 // Flags and atomics, called before the access itself, between which no other thread runs.
 enum class Order { relaxed, acquire, release, acquire_release };
 void check_flag(const void* address, int bytes, const char* call);

@@ -19,7 +19,6 @@ namespace {
 constexpr size_t kStack = 64 * 1024, kGuard = 4096;
 constexpr int64_t kMaxIdlePreempts = 200000;
 constexpr int kMaxTimeJumps = 12;
-constexpr uint32_t kPoison = 0x7fff7fffu;  // NaN as float32, float64, bfloat16 and float16; a large integer
 
 std::vector<char*> free_stacks;
 
@@ -105,6 +104,7 @@ void run_others() {
 
 void exit_thread() {
   Thread* me = self();
+  if (const char* what = unfinished(*me)) fail("this thread exits while %s", what);
   leave_barriers(me);
   me->state = State::exited;
   leave_cluster(me);
@@ -142,6 +142,11 @@ void start_block(Cluster* cluster, uint32_t linear, uint32_t rank) {
   block->shadow.resize(size_t(machine.shared_bytes + 1) / 2);
   block->barriers.resize(16);
   block->live = machine.threads_per_block;
+  // As __launch_bounds__(threads, 1) divides them.
+  const int registers = std::min(65536 / machine.threads_per_block, 255) / 8 * 8;
+  block->free_registers = 65536 / 8 * 8 - registers * machine.threads_per_block;
+  block->warpgroups.resize(size_t(machine.threads_per_block + kWarpgroupSize - 1) / kWarpgroupSize);
+  for (Warpgroup& group : block->warpgroups) group.registers = registers;
   block->warps.resize(size_t(machine.threads_per_block + int(kWarpSize) - 1) / kWarpSize);
   block->threads.reset(new Thread[size_t(machine.threads_per_block)]);
   for (int i = 0; i < machine.threads_per_block; ++i) {
@@ -244,7 +249,7 @@ void fail(const char* text, ...) {
 std::string describe(const Index3& index) { return format("(%u,%u,%u)", index.x, index.y, index.z); }
 
 std::string describe(ThreadId id) {
-  if (id & kAgent) return "an asynchronous copy";
+  if (id & kAgent) return (id & ~kAgent) >> 25 == kTensorCores >> 25 ? "a wgmma" : "an asynchronous copy";
   id &= ~kArrival;
   return "thread " + describe(unravel(id % kThreadsPerBlock, machine.block_size)) + " of block " +
          describe(unravel(id / kThreadsPerBlock, machine.grid));

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -23,6 +24,8 @@ struct Cluster;
 struct Warp;
 
 constexpr const char* kClusterWait = "cluster_wait";
+constexpr int kWarpgroupSize = 128;
+constexpr uint32_t kPoison = 0x7fff7fffu;  // NaN as float32, float64, bfloat16 and float16; a large integer
 
 enum class State { ready, polling, blocked, exited };
 
@@ -34,6 +37,53 @@ struct PendingCopy {
   int bytes, valid;
   bool taken;  // the source has been read
   unsigned char data[16];
+};
+
+// One tensor_store of a thread that has not been waited for: bytes [offset, offset + bytes) to where `write` puts them.
+struct PendingStore {
+  uint32_t offset, bytes;
+  std::function<void(const unsigned char*)> write;
+};
+struct StoreGroup {
+  std::vector<PendingStore> stores;
+  Stamp stamp;  // when it was committed
+};
+
+// A thread's use of wgmma. They are numbered; a group is all up to the number of its last.
+struct Products {
+  // Registers that a wgmma_fence named, as they were then.
+  struct Fenced {
+    const char* data;
+    std::vector<char> was;
+    uint64_t fence;
+  };
+  // Accumulators in flight: the register array is poisoned, its values are here.
+  struct Flight {
+    float* d;
+    std::vector<float> sums;
+    uint64_t last;  // wgmma that adds to them
+  };
+  // Registers that hold A of a wgmma in flight.
+  struct Operand {
+    const uint32_t* a;
+    uint32_t was[4];
+    uint64_t last;
+  };
+  struct Returned {
+    const char* data;
+    size_t bytes;
+    uint64_t fence;
+  };
+  struct Group {
+    uint64_t last;
+    ClockRef clock;  // of what the tensor cores did
+  };
+  uint64_t issued = 0, committed = 0, fences = 0;
+  std::vector<Fenced> fenced;
+  std::vector<Returned> returned;
+  std::vector<std::unique_ptr<Flight>> flights;
+  std::vector<Operand> operands;
+  std::vector<Group> groups;  // committed and not waited for
 };
 
 struct Thread : ThreadView {
@@ -52,6 +102,10 @@ struct Thread : ThreadView {
   Stamp proxy_fence = 0;       // time of the last fence.proxy.async
   std::vector<PendingCopy> open_copies;
   std::vector<std::vector<PendingCopy>> copy_groups;
+  std::vector<PendingStore> open_stores;
+  std::vector<StoreGroup> store_groups;
+  ThreadId store_agent = kNobody;
+  Products products;
   uint64_t cluster_arrival = 0;    // phase + 1 in which it arrived and has not waited; 0: none
   bool cluster_publishes = false;  // there, all that it did
   ClockRef cluster_seen;           // what it knew there, or had fenced
@@ -68,6 +122,14 @@ struct Meeting {
 struct Warp {
   Thread* lanes[kWarpSize] = {};
   std::vector<Meeting> meetings;
+};
+
+// What the threads of a warpgroup do together and some have begun.
+struct Warpgroup {
+  const char* kind = nullptr;
+  int arrived = 0;
+  void* requests[kWarpgroupSize] = {};
+  int registers = 0;  // of each thread, for setmaxnreg
 };
 
 struct Barrier {
@@ -101,6 +163,8 @@ struct Block {
   int live = 0;
   std::unique_ptr<Thread[]> threads;
   std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  int free_registers = 0;
   std::vector<Barrier> barriers;
   std::vector<Mbarrier> mbarriers;
   std::vector<Granule> shadow;
@@ -123,7 +187,8 @@ struct Delivery {
   Block* block;
   uint32_t offset, mbarrier;
   std::vector<unsigned char> data;
-  const void* source;  // read at delivery if `data` is empty
+  const void* source;                          // read at delivery if `data` is empty
+  std::function<void(unsigned char*)> gather;  // the same, where the source is not of one piece
   uint32_t bytes;
   ClockRef seen;  // what had happened when it was issued, besides what
   ThreadId issuer;
@@ -190,6 +255,8 @@ void progress();
 void run_grid(size_t capacity);
 void reset();
 
+float half_to_float(uint32_t half);
+
 // Publishes what the running thread did: its clock as others may see it.
 ClockRef release();
 void acquire(const ClockRef& clock);
@@ -209,6 +276,21 @@ Target resolve(uint32_t address, int bytes, int align, const char* call);
 // fails if it races with an earlier one. After the latter the caller must advance the time.
 void note_shared(const Thread& thread, Block* block, uint32_t offset, int bytes, bool write);
 void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write);
+void note_agent(ThreadId agent, const Thread& issuer, Block* block, uint32_t offset, int bytes, bool write);
+// Fails if the asynchronous proxy, which reads or overwrites these bytes, may not see what threads stored there.
+void check_proxy(Block* block, uint32_t offset, uint32_t bytes, const char* call);
+// An identity for asynchronous operations that end in order.
+ThreadId new_agent();
+// That of the wgmma of a thread's warp.
+ThreadId tensor_core(const Thread& thread);
+
+// Waits until all 128 threads of the warpgroup have called it with the same `kind`; the last one runs
+// complete(requests).
+void meet_warpgroup(const char* kind, void* request, void (*complete)(void** requests));
+// Sends data to an mbarrier's block, where `delivery` says what.
+void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, const char* call);
+// An asynchronous operation of this thread under way, in words, or null.
+const char* unfinished(const Thread& thread);
 
 // In the running thread's exit.
 void leave_barriers(Thread* thread);

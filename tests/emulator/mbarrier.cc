@@ -42,6 +42,12 @@ void complete_if_done(Mbarrier& barrier) {
   progress();
 }
 
+void check_bulk(uint32_t bytes, const char* call) {
+  if (bytes % 16 || bytes == 0) fail("%s: %u bytes; must be a positive multiple of 16", call, bytes);
+}
+
+}  // namespace
+
 void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, const char* call) {
   Block* owner = nullptr;
   Mbarrier& barrier = find(mbarrier, call, &owner);
@@ -58,24 +64,6 @@ void start_delivery(const Target& to, Delivery delivery, uint32_t mbarrier, cons
   if (chance(4)) yield_ready();
 }
 
-void check_bulk(uint32_t bytes, const char* call) {
-  if (bytes % 16 || bytes == 0) fail("%s: %u bytes; must be a positive multiple of 16", call, bytes);
-}
-
-// Ordinary stores that a bulk copy, which reads or overwrites their bytes, may not see: for want of a fence.
-void check_proxy(Block* block, uint32_t offset, uint32_t bytes, const char* call) {
-  for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
-    const Record& write = block->shadow[i].write;
-    if (!write.bytes || write.id & kAgent || write.id / kThreadsPerBlock != block->linear) continue;
-    const Thread& writer = block->threads[write.id % kThreadsPerBlock];
-    if (write.stamp >= writer.proxy_fence)
-      fail("%s at byte %u of shared memory, which %s wrote without fence_proxy_async after it", call, 2 * i,
-           describe(write.id).c_str());
-  }
-}
-
-}  // namespace
-
 void mbarrier_init(uint32_t address, uint32_t count) {
   const Target target = resolve(address, kMbarrierBytes, kMbarrierBytes, "mbarrier_init");
   Thread* me = self();
@@ -90,7 +78,7 @@ void mbarrier_init(uint32_t address, uint32_t count) {
   barrier.count = barrier.pending = count;
   barrier.initialiser = me->id;
   barrier.initialised = machine.now;
-  barrier.agent = kAgent | (0x7ffffff0u - machine.agents++);
+  barrier.agent = new_agent();
   target.block->mbarriers.push_back(barrier);
 }
 
@@ -201,6 +189,10 @@ void deliver_one() {
   if (!barrier) {
     machine.error = "an asynchronous copy finds its mbarrier invalidated";
     return;
+  }
+  if (delivery.gather && delivery.data.empty()) {
+    delivery.data.resize(delivery.bytes);
+    delivery.gather(delivery.data.data());
   }
   const unsigned char* data =
       delivery.data.empty() ? static_cast<const unsigned char*>(delivery.source) : delivery.data.data();

@@ -92,14 +92,31 @@ void note_shared(const Thread& thread, Block* block, uint32_t offset, int bytes,
     fail_race(*race, place(block, offset, bytes), thread.id == self()->id ? "this thread" : describe(thread), write);
 }
 
-void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write) {
-  const Thread* me = self();
-  Access access = {agent, machine.now, me->seen.get(), write, random_below(2)};
-  access.issuer = me->id;
+void note_agent(ThreadId agent, const Thread& issuer, Block* block, uint32_t offset, int bytes, bool write) {
+  Access access = {agent, machine.now, issuer.seen.get(), write, random_below(2)};
+  access.issuer = issuer.id;
   access.issued = machine.now;
   if (const Record* race = note(block->shadow.data(), offset, bytes, access))
-    fail_race(*race, place(block, offset, bytes), "an asynchronous copy", write);
+    fail_race(*race, place(block, offset, bytes), describe(agent), write);
 }
+
+void note_agent(ThreadId agent, Block* block, uint32_t offset, int bytes, bool write) {
+  note_agent(agent, *self(), block, offset, bytes, write);
+}
+
+void check_proxy(Block* block, uint32_t offset, uint32_t bytes, const char* call) {
+  for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
+    const Record& write = block->shadow[i].write;
+    if (!write.bytes || write.id & kAgent || write.id / kThreadsPerBlock != block->linear) continue;
+    const Thread& writer = block->threads[write.id % kThreadsPerBlock];
+    if (write.stamp >= writer.proxy_fence)
+      fail("%s at byte %u of shared memory, which %s wrote without fence_proxy_async after it", call, 2 * i,
+           describe(write.id).c_str());
+  }
+}
+
+ThreadId new_agent() { return kAgent | (0x7ffffff0u - machine.agents++); }
+ThreadId tensor_core(const Thread& thread) { return kAgent | kTensorCores | thread.id / kWarpSize; }
 
 char* shared_base() { return self()->block->shared; }
 

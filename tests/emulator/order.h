@@ -17,7 +17,8 @@ using ThreadId = uint32_t;  // kThreadsPerBlock * block + thread, or kAgent + n 
 
 constexpr uint32_t kThreadsPerBlock = 1024, kWarpSize = 32;
 constexpr ThreadId kAgent = 0x80000000u;
-constexpr ThreadId kArrival = 0x40000000u;  // with a thread's id: its arrivals that publish no writes
+constexpr ThreadId kTensorCores = 0x40000000u;  // with kAgent and a warp's number: its wgmma
+constexpr ThreadId kArrival = 0x40000000u;      // with a thread's id: its arrivals that publish no writes
 constexpr ThreadId kNobody = 0xffffffffu;
 
 struct Clock;

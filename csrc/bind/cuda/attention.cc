@@ -29,14 +29,20 @@ CudaAttentionParams device_params(const py::tuple& sizes, const py::tuple& tenso
   return p;
 }
 
+template <std::string (*run)(const CudaAttentionParams&)>
 void forward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named) {
   const CudaAttentionParams p = device_params(sizes, tensors, options, named);
   std::string error;
   {
     py::gil_scoped_release release;
-    error = cuda_attention_forward(p);
+    error = run(p);
   }
   check(error);
+}
+
+std::string hopper_refuses(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options,
+                           const py::dict& named) {
+  return cuda_attention_hopper_refuses(device_params(sizes, tensors, options, named));
 }
 
 // (dout, dlse, dq, dk, dv, dbias, dalibi, dsinks), and by name the scratch: lse2, delta, slopes.
@@ -76,7 +82,9 @@ int backward_shared(int64_t E, int64_t Ev, bool bias, bool dropout) {
 }  // namespace
 
 void bind_cuda_attention(py::module_& m) {
-  m.def("attention_forward", &forward);
+  m.def("attention_forward", &forward<cuda_attention_forward>);
+  m.def("attention_hopper", &forward<cuda_attention_hopper>);
+  m.def("attention_hopper_refuses", &hopper_refuses);
   m.def("attention_backward", &backward);
   m.def("attention_backward_shared", &backward_shared, "Bytes of shared memory that a CTA of the backward pass takes.");
 }
