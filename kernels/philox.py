@@ -44,11 +44,11 @@ def kept_blocks(seed, limit, block, c1, c2, c3, BLOCKS: tl.constexpr):
     zero = tl.zeros((M, 16 * BLOCKS), tl.uint32)
     c0 = zero + (16 * block + tl.arange(0, 16 * BLOCKS)).to(tl.uint32)[None, :]
     c1 = zero + c1.to(tl.uint32)[:, None]
-    c2 = zero + tl.broadcast_to(tl.to_tensor(c2), (M,)).to(tl.uint32)[:, None]
-    c3 = zero + tl.broadcast_to(tl.to_tensor(c3), (M,)).to(tl.uint32)[:, None]
+    c2 = zero + tl.broadcast_to(tl.cast(c2, tl.uint32), (M,))[:, None]
+    c3 = zero + tl.broadcast_to(tl.cast(c3, tl.uint32), (M,))[:, None]
     w0, w1, w2, w3 = words(seed, c0, c1, c2, c3)
     # Compared before they move between threads: a byte for an element and not four.
-    least = tl.to_tensor(limit).to(tl.uint32)
+    least = tl.cast(limit, tl.uint32)
     even = tl.join((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
     odd = tl.join((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
     # [.., 16 BLOCKS, 2, 2] with word 2 k + l at [.., k, l]; column 64 a + 16 w + n has word w of counter 16 a + n.
@@ -64,9 +64,9 @@ def kept(seed, limit, column, c1, c2, c3):
     zero = tl.zeros((M, N), tl.uint32)
     c0 = zero + (16 * (column // 64) + column % 16).to(tl.uint32)[None, :]
     c1 = zero + c1.to(tl.uint32)[:, None]
-    c2 = zero + tl.broadcast_to(tl.to_tensor(c2), (M,)).to(tl.uint32)[:, None]
-    c3 = zero + tl.broadcast_to(tl.to_tensor(c3), (M,)).to(tl.uint32)[:, None]
+    c2 = zero + tl.broadcast_to(tl.cast(c2, tl.uint32), (M,))[:, None]
+    c3 = zero + tl.broadcast_to(tl.cast(c3, tl.uint32), (M,))[:, None]
     w0, w1, w2, w3 = words(seed, c0, c1, c2, c3)
     which = ((column // 16) % 4)[None, :]
     word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    return word >= tl.to_tensor(limit).to(tl.uint32)
+    return word >= tl.cast(limit, tl.uint32)
