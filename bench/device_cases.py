@@ -60,15 +60,11 @@ def _made(name: str) -> Iterator[Case]:
 
 
 def peers(case: Case) -> list[str]:
-    """Who runs a case. FlexAttention compiles for tens of seconds, so it stands beside what it is made for."""
-    if not isinstance(case, AttentionCase):
-        return ["fusedseq", "torch"]
-    flex = case.window or (case.L == 16384 and case.mode == "inference")
-    return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
-
-
-def peers(case: Case) -> list[str]:
-    """Who runs a case. Triton kernels take long to compile, so they stand beside one case of each kind of scan."""
+    """Who runs a case. What compiles long stands beside few: FlexAttention beside what it is made for, Triton beside
+    one case of each kind of scan."""
+    if isinstance(case, AttentionCase):
+        flex = case.window or (case.L == 16384 and case.mode == "inference")
+        return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
     each = isinstance(case, RecurrentCase) and case.mode == "training" and case.T == 256
     return ["fusedseq", "torch", *(["triton"] if each else [])]
 

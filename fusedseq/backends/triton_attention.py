@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedseq import config
+from fusedseq.backends.tensors import listed
 from fusedseq.backends.triton_strides import broadcast, dense, describable, describe, like, strides
 from fusedseq.kernels import attention_mask as bits
 from fusedseq.kernels.attention_backward import attention_dkv_kernel, attention_dq_kernel
@@ -65,7 +66,8 @@ class _Call:
         self.features = self._features()
         self.positions = self.ranks = None
         if self.features & bits.GLOBAL.value:
-            self.positions, self.ranks = self._global_keys()
+            assert p.global_keys is not None
+            self.positions, self.ranks = listed(p.global_keys)
 
     def _features(self) -> int:
         p = self.p
@@ -97,15 +99,6 @@ class _Call:
     def scale(self) -> float:
         plain = not self.features & (bits.ALTERED.value | bits.EXACT.value)
         return self.p.scale * bits.LOG2E.value if plain else self.p.scale
-
-    def _global_keys(self) -> tuple[Tensor, Tensor]:
-        """Positions of global keys in order, [1|B, S], and how many there are before each key, [1|B, S + 1]."""
-        table = self.p.global_keys
-        assert table is not None
-        positions = torch.argsort(table.logical_not().to(torch.uint8), dim=1, stable=True).to(torch.int32)
-        ranks = torch.zeros((table.shape[0], table.shape[1] + 1), dtype=torch.int32, device=table.device)
-        torch.cumsum(table, 1, dtype=torch.int32, out=ranks[:, 1:])
-        return positions, ranks
 
     def tiles(self, cu: Tensor | None, factor: int, size: int, block: int) -> tuple[int, Tensor | None, Tensor | None]:
         """How many tiles of `block` out of `size` items (or the sequences of `cu`, `factor` items for each position):
