@@ -60,7 +60,8 @@ FSQ_DEVICE bool meets(const CudaAttentionParams& c, const Sequence& s, int row0,
 }
 
 template <class E, int W>
-__global__ void __launch_bounds__(kThreads)
+// Three CTAs fit a multiprocessor; without the bound ptxas aims at four and spills.
+__global__ void __launch_bounds__(kThreads, 3)
     attention_backward_bias_kernel(const __grid_constant__ CudaAttentionGradParams g, const Layout layout) {
   constexpr int NT = kKeys / 8;
   const AttentionParams& p = g.fwd.a;

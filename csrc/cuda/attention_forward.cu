@@ -131,9 +131,8 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
 
   // Moves on to the first tile that a table of booleans lets some row see.
   uint32_t seen[MT][2];
-  const auto look = [&](bool again) {
-    if constexpr (PLAIN) return;
-    for (;; walk.step(far), again = true) {
+  const auto look = [&] {
+    for (; !PLAIN; walk.step(far)) {
       if (walk.done()) return;
       const bool edge = walk.tile.picked() || !walk.near.whole(walk.tile.j0, kKeys);
       uint32_t any = 0;
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
       if (!p.dense.data || __syncthreads_or(any != 0)) return;
     }
   };
-  look(false);
+  look();
   if (!walk.done()) load(memory.k, p.k, p.E);
 
   while (!walk.done()) {
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     }
 
     walk.step(far);
-    look(true);
+    look();
     ptx::cp_async_wait<0>();
     __syncthreads();  // values are there, and nobody reads keys any more
     if (!walk.done()) load(memory.k, p.k, p.E);
