@@ -91,7 +91,10 @@ def test_two_runs_are_equal(backend: str, cell: str, dtype: torch.dtype) -> None
     assert_bitwise(run(backend, inputs), run(backend, inputs))
 
 
-@pytest.mark.parametrize("text", ["T5B37I6H41-bi-cells", "T5B37I6H32-lengths0-resets-proj12"])
+# Single steps have products of their own.
+@pytest.mark.parametrize(
+    "text", ["T5B37I6H41-bi-cells", "T5B37I6H32-lengths0-resets-proj12", "T1B37I70H41-bi", "T1B37I6H35-resets-proj12"]
+)
 def test_a_row_does_not_depend_on_its_batch(backend: str, cell: str, dtype: torch.dtype, text: str) -> None:
     skip_vendor_products(backend)
     inputs = inputs_for(backend, cell, text, dtype)
@@ -103,7 +106,10 @@ def test_a_row_does_not_depend_on_its_batch(backend: str, cell: str, dtype: torc
 def test_thread_count_does_not_matter(backend: str, cell: str, dtype: torch.dtype) -> None:
     skip_vendor_products(backend)
     # The last is gathered in several chunks, by threads that share no units and so seldom wait for each other.
-    texts = ("T6B11I9H67-bi-cells", "T6B1I9H130", "T7B6I5H20-packed-proj9", "T3B30I9H160-bi-lengths", "T24B64I8H128-bf")
+    texts = (
+        "T6B11I9H67-bi-cells", "T6B1I9H130", "T7B6I5H20-packed-proj9", "T3B30I9H160-bi-lengths", "T1B19I40H130-bi",
+        "T24B64I8H128-bf",
+    )  # fmt: skip
     for text in texts:
         inputs = inputs_for(backend, cell, text, dtype)
         two = run(backend, inputs)

@@ -1,6 +1,7 @@
 // Pairs of few rows (decoding), and their products with keys as they lie in memory.
 #pragma once
 #include "cpu/attention.h"
+#include "cpu/lane_sums.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -30,9 +31,13 @@ void dot_products(const AttentionView<P>& view, const Pair& a, const KeyBlock<ty
   const AttentionParams& p = view.p;
   const char* const keys =
       static_cast<const char*>(p.k.data) + AttentionView<P>::key_at(p.k, a, k, 0) * dtype_size(p.dtype);
-  for (int v = v0; v < v1; ++v)
-    dots(
-        Dots<S>{rows, pitch, m, keys, p.dtype, v * L, min64(L, k.n - v * L), p.E, zero, 0, out + v * L, kKeys, p.k.sn});
+  for (int v = v0; v < v1; ++v) {
+    LaneSums<S> sums{{{rows, pitch, keys, p.E, p.k.sn}}, 1, p.dtype, 1};
+    sums.row[0] = v * L;
+    sums.lanes[0] = min64(L, k.n - v * L);
+    sums.bias = zero;
+    lane_sums<S>(sums, 0, m, out + v * L, kKeys);
+  }
 }
 
 }  // namespace FSQ_ISA

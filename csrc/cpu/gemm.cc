@@ -89,70 +89,6 @@ void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64
   }
 }
 
-// M rows of a against every row of w of one unit vector, four rows of w at a time.
-template <class S, DType W, int M>
-static void dots_of_rows(const Dots<S>& d, int64_t i0) {
-  constexpr int L = kLanes<S>, kTogether = 4;
-  Vec<S> sums[M][L];
-#pragma GCC unroll 4
-  for (int j = 0; j < M; ++j)
-    for (int lane = 0; lane < L; ++lane) sums[j][lane] = Vec<S>{};
-  const S* a = d.a + i0 * d.lda;
-  for (int64_t lane = 0; lane < d.count; lane += kTogether) {
-    Vec<S> acc[kTogether][M] = {};
-    int64_t row[kTogether];
-    for (int r = 0; r < kTogether; ++r)
-      row[r] = (d.row0 + min64(lane + r, d.count - 1)) * (d.w_pitch ? d.w_pitch : d.K);
-    const auto block = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-      Vec<S> x[M];
-#pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) x[j] = load_n(a + j * d.lda + k, n);
-#pragma GCC unroll 4
-      for (int r = 0; r < kTogether; ++r) {
-        const Vec<S> w = load_as<S>(d.w, W, row[r] + k, n);
-#pragma GCC unroll 4
-        for (int j = 0; j < M; ++j) acc[r][j] = fma(x[j], w, acc[r][j]);
-      }
-    };
-    int64_t k = 0;
-    for (; k + L <= d.K; k += L) block(k, L);
-    if (k < d.K) block(k, d.K - k);
-    for (int r = 0; r < kTogether && lane + r < d.count; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) sums[j][lane + r] = acc[r][j];
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < M; ++j)
-    store(d.out + (i0 + j) * d.out_pitch, load(d.in + (i0 + j) * d.in_pitch) + fold<S>(sums[j]));
-}
-
-template <class S, DType W>
-static void dots_as(const Dots<S>& d) {
-  int64_t i = 0;
-  for (; i + 4 <= d.m; i += 4) dots_of_rows<S, W, 4>(d, i);
-  switch (d.m - i) {
-    case 3:
-      return dots_of_rows<S, W, 3>(d, i);
-    case 2:
-      return dots_of_rows<S, W, 2>(d, i);
-    case 1:
-      return dots_of_rows<S, W, 1>(d, i);
-  }
-}
-
-template <class S>
-void dots(const Dots<S>& d) {
-  if constexpr (sizeof(S) == 8) return dots_as<S, DType::f64>(d);
-  switch (d.dtype) {
-    case DType::bf16:
-      return dots_as<S, DType::bf16>(d);
-    case DType::f16:
-      return dots_as<S, DType::f16>(d);
-    default:
-      return dots_as<S, DType::f32>(d);
-  }
-}
-
 template <class P>
 void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, const int64_t* at, int64_t count,
                      int64_t K) {
@@ -209,8 +145,6 @@ FSQ_INSTANTIATE(Whole<double>)
 #if FSQ_BF16_PAIRS
 FSQ_INSTANTIATE(Bf16Pairs)
 #endif
-template void dots<float>(const Dots<float>&);
-template void dots<double>(const Dots<double>&);
 
 }  // namespace FSQ_ISA
 }  // namespace fusedseq

@@ -82,25 +82,6 @@ void multiply_panel(const typename P::Value* a, int64_t lda, int64_t rows, int64
                     int64_t b_pitch, int nv, const typename P::Sum* in, int64_t in_pitch, typename P::Sum* c,
                     int64_t ldc);
 
-// Dot products with rows of a weight as it lies in memory, for scans too short to pay for packing:
-// out[i][lane] = in[i][lane] + sum_k a[i * lda + k] * w[(row0 + lane) * K + k], lane < count; the other lanes get `in`.
-// Each sum runs over k in vectors, lanes folded at the end, whatever the number of rows.
-template <class S>
-struct Dots {
-  const S* a;
-  int64_t lda, m;
-  const void* w;
-  DType dtype;
-  int64_t row0, count, K;
-  const S* in;
-  int64_t in_pitch;
-  S* out;
-  int64_t out_pitch;
-  int64_t w_pitch = 0;  // of rows of w; 0: K
-};
-template <class S>
-void dots(const Dots<S>& d);
-
 // dst[k * pitch + lane] = word k of the row of w that begins at at[lane], for `count` rows; zero for the other lanes.
 template <class P>
 void pack_transposed(typename P::Sum* dst, int64_t pitch, const void* w, DType dtype, const int64_t* at, int64_t count,

@@ -118,7 +118,7 @@ FSQ_INLINE Share plan(int thread, int threads, int64_t directions, int64_t rows,
       const int64_t per_k = max64(r * gates, loads * (near ? 2 : 4)) + r + loads * (near ? 0 : 2);
       int64_t cycles = (per_k * K + r * 100) * v;
       cycles += slices > 1 ? 700 : 0;                              // the barrier
-      cycles += slices * teams > 1 ? 20000 / max64(steps, 1) : 0;  // waking the pool
+      cycles += slices * teams > 1 ? 10000 / max64(steps, 1) : 0;  // waking the pool: 2,000 if it spins
       if (best < 0 || cycles < best) {
         best = cycles;
         s.slices = slices;

@@ -5,28 +5,55 @@
 // starting from that buffer, and applies the cell while the sums are still in registers. Only h crosses threads:
 // one barrier per step.
 #pragma once
-#include "cpu/gate_panels.h"
+#include "cpu/forward_work.h"
+#include "cpu/lane_sums.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 
 template <Cell C, class P>
-class ForwardScan {
+class ForwardScan : public ForwardWork<C, P> {
+  typedef ForwardWork<C, P> Base;
+  typedef typename Base::Out Out;
+  typedef typename Base::State State;
+  typedef typename Base::Work Work;
   typedef typename P::Sum S;
   typedef typename P::Value Value;
   typedef Vec<S> V;
-  typedef Traits<C> Tr;
-  typedef typename Tr::A BlockA;
-  typedef typename Tr::B BlockB;
+  typedef typename Base::BlockA BlockA;
+  typedef typename Base::BlockB BlockB;
   static constexpr int L = kLanes<S>;
-  static constexpr int G = BlockA::gates + BlockB::gates;
   static constexpr int kSaved = saved_values(C);
-  static constexpr bool kTwoPhases = BlockB::gates > 0;
-  // A GRU blends with its last state, which must not be one rounded for the product.
-  static constexpr bool kExact = P::per_word > 1 && (C == Cell::gru || C == Cell::gru_reset_before);
+  static constexpr bool kTwoPhases = Base::kTwoPhases, kExact = Base::kExact;
+
+  using Base::arena;
+  using Base::arena_barriers;
+  using Base::barriers;
+  using Base::chunk_steps;
+  using Base::cp;
+  using Base::direct;
+  using Base::group_threads;
+  using Base::h_words;
+  using Base::hp;
+  using Base::lay;
+  using Base::p;
+  using Base::pack_projection;
+  using Base::panels_of;
+  using Base::place;
+  using Base::place_kept;
+  using Base::prepacked;
+  using Base::projected;
+  using Base::share;
+  using Base::state_vectors;
+  using Base::together;
+  using Base::unpacked;
+  using Base::vectors;
+  using Base::work;
+  using Base::x_pitch;
+  using Base::x_words;
 
  public:
-  explicit ForwardScan(const ScanParams& p) : p(p) {}
+  explicit ForwardScan(const ScanParams& p) : Base(p) {}
 
   Status run() {
     int threads = p.threads;
@@ -48,143 +75,8 @@ class ForwardScan {
     return Status::ok;
   }
 
-  // See CpuTable::pack.
-  int64_t pack(void* const* into) {
-    Arena measured;
-    Work w;
-    place_kept(measured, w);
-    for (int64_t d = 0; into && d < p.D; ++d) {
-      Arena block(into[d]);
-      place_kept(block, w);
-      parallel(p.threads, [&](int thread, int count) {
-        Share s{};  // the panels divided among all threads, each of its whole width
-        s.thread = thread;
-        s.threads = count;
-        s.vectors = {0, vectors()};
-        s.team = thread;
-        s.teams = count;
-        s.slices = 1;
-        pack<BlockA>(s, w, d);
-        if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
-        if (projected()) pack_projection(s, w, d);
-      });
-    }
-    return measured.used();
-  }
-
  private:
-  // Where a finished row of a step is written to.
-  struct Out {
-    int64_t y, c;  // element offsets
-    S* saved;
-    bool now, next;  // a reset before this step, before the next one
-  };
-  struct State {  // before a step, or after it
-    Value* h;
-    S* exact;  // with kExact: h before it was rounded
-  };
-  struct Work {  // scratch of one group
-    Out* outs;   // B for each slice
-    GatePanels<C, P> panels;
-    S *w_hr, *gx, *c, *z;
-    Value *x, *m;
-    State state[2];
-  };
-
-  const ScanParams& p;
-  Layout lay;
-  Arena arena;
-  Barrier *barriers = nullptr, *arena_barriers = nullptr;
-  Work work[kMaxDirections];
-  bool direct = false;
-  int group_threads = 1;
   const Activations act{};
-
-  int64_t vectors() const { return (p.H + L - 1) / L; }
-  int64_t state_vectors() const { return (p.R + L - 1) / L; }
-  int64_t hp() const { return state_pitch<S>(p.R); }  // pitch of h
-  int64_t cp() const { return state_pitch<S>(p.H); }  // pitch of c, m, z and the exact h
-  int64_t x_words() const { return words<P>(p.I); }
-  int64_t h_words() const { return words<P>(p.R); }
-  int64_t x_pitch() const { return direct ? lay.pitch(p.x) : x_words() * P::per_word; }
-  bool projected() const { return p.w_hr[0] != nullptr; }
-  // One step uses every weight once: packing would cost more than it saves. (T alone decides: a row's result must not
-  // depend on the batch.)
-  bool unpacked() const { return p.T == 1; }
-
-  // With enough rows to reuse them, the step reads W_ih too, and its sums never leave the registers in between. The
-  // order of every sum is the same. (torch's GRU needs the two products of n apart.) Weights too large to stay in the
-  // last-level cache from step to step had better be read in two parts, W_ih once per chunk.
-  bool together(const Share& s) const {
-    const int64_t bytes = vectors() * L * G * (x_words() + h_words()) * int64_t(sizeof(S));
-    return C != Cell::gru && !unpacked() && s.rows.size() >= 24 && bytes <= 16 * 1024 * 1024;
-  }
-
-  Share share(int thread, int count) const {
-    Share s = plan(thread, count, p.D, p.B, vectors(), G, x_words() + h_words(), p.T, !p.lengths && !p.batch_sizes,
-                   FSQ_VECTOR_BYTES);
-    constexpr int units = BlockA::units;
-    if (units > 1 && BlockA::gates > 1 && prepacked()) {  // see GatePanels
-      const Range panels = split((vectors() + units - 1) / units, s.slice, s.slices);
-      s.vectors = {panels.begin * units, min64(vectors(), panels.end * units)};
-    }
-    return s;
-  }
-
-  int64_t chunk_steps() const {
-    const int64_t row_bytes = vectors() * G * L * int64_t(sizeof(S));
-    const int64_t rows = max64(128, 256 * 1024 * group_threads / max64(row_bytes, 1));
-    return max64(1, min64(p.T, rows / max64(p.B, 1)));
-  }
-
-  void place(int groups) {
-    lay.place(arena, p);
-    arena_barriers = arena.take<Barrier>(groups * (p.threads + 1));
-    const int64_t n = vectors() * L, rows = chunk_steps() * p.B;
-    for (int g = 0; g < groups; ++g) {
-      Work& w = work[g];
-      w.outs = arena.take<Out>(p.B * min64(p.threads, vectors()));  // groups may differ in threads
-      if (!prepacked()) w.panels.place(arena, p, !unpacked());
-      w.w_hr = arena.take<S>(projected() && !unpacked() ? state_vectors() * L * words<P>(p.H) : 0);
-      w.x = arena.take<Value>(rows * x_words() * P::per_word);
-      w.gx = arena.take<S>(rows * G * n);
-      for (State& state : w.state) {
-        state.h = arena.take<Value>(p.B * hp());
-        state.exact = arena.take<S>(kExact ? p.B * cp() : 0);
-      }
-      w.c = arena.take<S>(C == Cell::lstm ? p.B * cp() : 0);
-      w.m = arena.take<Value>(projected() || kTwoPhases ? p.B * cp() : 0);
-      w.z = arena.take<S>(kTwoPhases ? p.B * cp() : 0);
-    }
-  }
-
-  // Dot products go over whole groups of rows, without a remainder in every tile.
-  int tile_height(int nv) const { return unpacked() ? kMaxTile : tile_rows(nv); }
-
-  bool prepacked() const { return p.packed[0] && !unpacked(); }
-
-  // What `pack` leaves to later calls.
-  void place_kept(Arena& block, Work& w) const {
-    w.panels.place(block, p, true, true);
-    w.w_hr = block.take<S>(projected() ? state_vectors() * L * words<P>(p.H) : 0);
-  }
-
-  // Calls f(first vector, count) over vectors in panels of up to `widest`.
-  template <class F>
-  inline __attribute__((always_inline)) void panels_of(Range r, int widest, F f) const {
-    if (prepacked())
-      for_grid(r.begin, r.end, widest, f);
-    else
-      for_panels(r.begin, r.end, widest, f);
-  }
-
-  template <class Blk>
-  void pack(const Share& s, const Work& w, int64_t d) const {
-    int turn = 0;
-    for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
-      if (turn++ % s.teams == s.team) w.panels.template pack<Blk>(p, d, v, u);
-    });
-  }
 
   template <class Blk>
   void project(const Share& s, const Work& w, int64_t d, const Value* x, Range rows, int64_t chunk_rows) {
@@ -193,26 +85,9 @@ class ForwardScan {
       const int nv = Blk::gates * u;
       const S* bias = w.panels.template bias_x<Blk>(v);
       S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + rows.begin * nv * L;
-      if (unpacked()) {
-        gate_dots<Blk>(x + rows.begin * pitch, pitch, rows.size(), p.w_ih[d], p.I, v, u, bias, 0, gx);
-      } else {
-        const Columns<S> b = w.panels.template w_ih<Blk>(v, u);
-        multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(), b.b, b.pitch, nv, bias, 0, gx, nv * L);
-      }
+      const Columns<S> b = w.panels.template w_ih<Blk>(v, u);
+      multiply_panel<P>(x + rows.begin * pitch, pitch, rows.size(), x_words(), b.b, b.pitch, nv, bias, 0, gx, nv * L);
     });
-  }
-
-  // The panel's product without packed weights: for each gate and unit vector, dots with the weight's own rows.
-  template <class Blk>
-  void gate_dots(const Value* a, int64_t lda, int64_t m, const void* weight, int64_t K, int64_t v, int u, const S* in,
-                 int64_t in_pitch, S* out) const {
-    const int nv = Blk::gates * u;
-    if constexpr (P::per_word == 1)  // pairs are for longer scans
-      for (int c = 0; c < nv; ++c) {
-        const int64_t unit = (v + c % u) * L;
-        dots(Dots<S>{a, lda, m, weight, p.dtype, (Blk::gate0 + c / u) * p.H + unit, min64(L, p.H - unit), K, in + c * L,
-                     in_pitch, out + c * L, nv * L});
-      }
   }
 
   void direction(const Share& s, int64_t d, int threads) {
@@ -224,8 +99,8 @@ class ForwardScan {
       Arena block(const_cast<void*>(p.packed[d]));
       place_kept(block, w);
     } else {
-      pack<BlockA>(s, w, d);
-      if constexpr (kTwoPhases) pack<BlockB>(s, w, d);
+      this->template pack<BlockA>(s, w, d);
+      if constexpr (kTwoPhases) this->template pack<BlockB>(s, w, d);
       if (projected()) pack_projection(s, w, d);
     }
     const Range mine = split(p.B, s.thread, s.threads);
@@ -252,7 +127,7 @@ class ForwardScan {
         gather(s, w, t0, t1);
       }
       if (!direct || s.teams > 1 || s0 == 0) group.wait(s.threads);
-      const Range part = split(together(s) ? 0 : rows, s.team, s.teams);
+      const Range part = split(together(s) || unpacked() ? 0 : rows, s.team, s.teams);
       project<BlockA>(s, w, d, x, part, rows);
       if constexpr (kTwoPhases) project<BlockB>(s, w, d, x, part, rows);
       if (s.teams > 1) group.wait(s.threads);
@@ -331,12 +206,13 @@ class ForwardScan {
                   int64_t chunk_rows, const Value* x, const Value* a, int64_t lda, const State& now,
                   const State& next) {
     if (n <= 0) return;
+    if (unpacked()) return single_step<Blk>(s, w, at, j0, n, row, x, a, lda, now, next);
     const int64_t xp = x_pitch();
     panels_of(s.vectors, Blk::units, [&](int64_t v, int u) {
       const int nv = Blk::gates * u;
       const S* gx = w.panels.template at<Blk>(w.gx, chunk_rows, v) + row * nv * L;
       const Columns<S> b_x = w.panels.template w_ih<Blk>(v, u), b_h = w.panels.template w_hh<Blk>(v, u);
-      for_tiles(n, tile_height(nv), [&](int64_t r, int m) {
+      for_tiles(n, tile_rows(nv), [&](int64_t r, int m) {
         alignas(64) S sums[kMaxTile * kMaxPanel * L];
         const int64_t j = j0 + r;
         const S* in = gx + j * nv * L;
@@ -347,9 +223,7 @@ class ForwardScan {
           }
           in = sums;
         }
-        if (unpacked())
-          gate_dots<Blk>(a + j * lda, lda, m, p.w_hh[at.d], p.R, v, u, in, nv * L, sums);
-        else if (together(s))
+        if (together(s))
           multiply(Tile<P>{m, nv, x + (row + j) * xp, xp, P::per_word, b_x.b, b_x.pitch, x_words(),
                            w.panels.template bias_x<Blk>(v), 0, sums, nv * L, a + j * lda, lda, b_h.b, b_h.pitch,
                            h_words()});
@@ -359,16 +233,57 @@ class ForwardScan {
         for (int i = 0; i < m; ++i) {
           const Out& o = w.outs[s.slice * p.B + j + i];
           for (int k = 0; k < u; ++k)
-            cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv) * L, now, next);
+            cell<Blk>(w, o, j + i, (v + k) * L, sums + (i * nv + k) * L, u * L, gx + ((j + i) * nv + 2) * L, now, next);
         }
       });
     });
   }
 
-  // The cell of one row over one unit vector; `sums` holds its gates, `pitch` apart.
+  // The same where T = 1: both products at once, on weights as they lie in memory.
+  template <class Blk>
+  void single_step(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, int64_t row, const Value* x,
+                   const Value* a, int64_t lda, const State& now, const State& next) {
+    if constexpr (P::per_word == 1) {  // pairs are for longer scans
+      for_panels(s.vectors.begin, s.vectors.end, Blk::units, [&](int64_t v, int u) {
+        const int nv = Blk::gates * u;
+        LaneSums<S> product{{{x + (row + j0) * x_pitch(), x_pitch(), p.w_ih[at.d], p.I, p.I},
+                             {a + j0 * lda, lda, p.w_hh[at.d], p.R, p.R}},
+                            2,
+                            p.dtype,
+                            nv};
+        for (int c = 0; c < nv; ++c) {
+          const int64_t unit = (v + c % u) * L;
+          product.row[c] = (Blk::gate0 + c / u) * p.H + unit;
+          product.lanes[c] = min64(L, p.H - unit);
+        }
+        product.bias = w.panels.template bias_x<Blk>(v);
+        alignas(64) S bias[kMaxPanel * L];
+        if constexpr (C == Cell::gru) {  // W_hn h is summed apart from the input's part
+          product.apart = 2;
+          for (int g = 0; g < 3; ++g) store(bias + (g < 2 ? g : 3) * L, load(product.bias + g * L));
+          store(bias + 2 * L, load(w.panels.bias_h(v)));
+          product.bias = bias;
+        }
+        const int width = product.sums();
+        for_tiles(n, kLaneRows, [&](int64_t r, int m) {
+          alignas(64) S sums[kLaneRows * kMaxPanel * L];
+          lane_sums(product, r, m, sums, width * L);
+          for (int i = 0; i < m; ++i) {
+            const int64_t j = j0 + r + i;
+            for (int k = 0; k < u; ++k) {
+              const S* const gates = sums + (i * width + k) * L;
+              cell<Blk>(w, w.outs[s.slice * p.B + j], j, (v + k) * L, gates, u * L, gates + 3 * L, now, next);
+            }
+          }
+        });
+      });
+    }
+  }
+  // The cell of one row over one unit vector; `sums` holds its gates, `pitch` apart. A GRU's gate n has its input's
+  // part in n_x.
   template <class Blk>
   inline __attribute__((always_inline)) void cell(const Work& w, const Out& o, int64_t j, int64_t unit, const S* sums,
-                                                  int64_t pitch, const S* gx, const State& now,
+                                                  int64_t pitch, const S* n_x, const State& now,
                                                   const State& next) const {
     if constexpr (C == Cell::lstm) {
       S* const cell = w.c + j * cp() + unit;
@@ -392,7 +307,7 @@ class ForwardScan {
         emit(o, next, j, unit, c.h);
     } else if constexpr (C == Cell::gru) {
       const V hn = load(sums + 2 * pitch);
-      const GruStep<V> c = gru_fwd(load(sums), load(sums + pitch), load(gx + 2 * L), hn, state_at(now, j, unit), act);
+      const GruStep<V> c = gru_fwd(load(sums), load(sums + pitch), load(n_x), hn, state_at(now, j, unit), act);
       if (o.saved) {
         save(o, 0, unit, c.r);
         save(o, 1, unit, c.z);
@@ -417,33 +332,29 @@ class ForwardScan {
     }
   }
 
-  void pack_projection(const Share& s, const Work& w, int64_t d) const {
-    if (unpacked()) return;
-    const Range mine = split(state_vectors(), s.slice, s.slices);
-    int turn = 0;
-    for_panels(mine.begin, mine.end, kMaxPanel, [&](int64_t v, int u) {
-      if (turn++ % s.teams != s.team) return;
-      pack_gates<P>(w.w_hr + v * L * words<P>(p.H), 1, u, p.w_hr[d], p.dtype, 0, p.R, v * L, p.H);
-    });
-  }
-
   // h = m W_hr^T (LSTM with projection, Sak et al. 2014).
   void project_state(const Share& s, const Work& w, const Moment& at, int64_t j0, int64_t n, const State& next) {
     if (n <= 0) return;
     const int64_t K = words<P>(p.H);
+    alignas(64) static const S zero[kMaxPanel * L] = {};
     panels_of(split(state_vectors(), s.slice, s.slices), kMaxPanel, [&](int64_t v, int u) {
       const Columns<S> b = prepacked() ? grid_columns<S>(w.w_hr, K, state_vectors(), v, kMaxPanel)
                                        : Columns<S>{w.w_hr + v * L * K, u * L};
-      for_tiles(n, tile_height(u), [&](int64_t r, int m) {
-        alignas(64) S sums[kMaxTile * kMaxPanel * L];
-        alignas(64) static const S zero[kMaxPanel * L] = {};
-        const Value* a = w.m + (j0 + r) * cp();
-        if (!unpacked())
-          multiply(Tile<P>{m, u, a, cp(), P::per_word, b.b, b.pitch, K, zero, 0, sums, u * L});
-        else if constexpr (P::per_word == 1)
-          for (int k = 0; k < u; ++k)
-            dots(Dots<S>{a, cp(), m, p.w_hr[at.d], p.dtype, (v + k) * L, min64(L, p.R - (v + k) * L), p.H, zero, 0,
-                         sums + k * L, u * L});
+      LaneSums<S> product{};
+      if constexpr (P::per_word == 1) {
+        product = {{{w.m + j0 * cp(), cp(), p.w_hr[at.d], p.H, p.H}}, 1, p.dtype, u};
+        for (int k = 0; k < u; ++k) {
+          product.row[k] = (v + k) * L;
+          product.lanes[k] = min64(L, p.R - product.row[k]);
+        }
+        product.bias = zero;
+      }
+      for_tiles(n, unpacked() ? kLaneRows : tile_rows(u), [&](int64_t r, int m) {
+        alignas(64) S sums[kLaneRows * kMaxPanel * L];
+        if (unpacked())
+          lane_sums(product, r, m, sums, u * L);
+        else
+          multiply(Tile<P>{m, u, w.m + (j0 + r) * cp(), cp(), P::per_word, b.b, b.pitch, K, zero, 0, sums, u * L});
         for (int i = 0; i < m; ++i) {
           const int64_t j = j0 + r + i;
           const Out& o = w.outs[s.slice * p.B + j];

@@ -46,15 +46,39 @@ FSQ_INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
   }
 }
 
-// The sums of kLanes vectors, in order: each step folds halves of two vectors into one.
-template <class S>
+// Lanes of a where bit `half` of the lane is 0, else of b; kSwap: from the lane across, `half` away.
+#if defined(__clang__)
+template <int half, bool kSwap, class V, int... i>
+FSQ_INLINE V selected(V a, V b, Lanes<int, i...>) {
+  constexpr int L = sizeof...(i);
+  return __builtin_shufflevector(a, b, ((kSwap ? i ^ half : i) + (i & half ? L : 0))...);
+}
+template <int half, bool kSwap, class S>
+FSQ_INLINE Vec<S> select_half(Vec<S> a, Vec<S> b) {
+  return selected<half, kSwap>(a, b, __make_integer_seq<Lanes, int, kLanes<S>>());
+}
+#else
+template <int half, bool kSwap, class S>
+FSQ_INLINE Vec<S> select_half(Vec<S> a, Vec<S> b) {
+  constexpr int L = kLanes<S>;
+  typename VecOf<S>::bits from{};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) from[i] = (kSwap ? i ^ half : i) + (i & half ? L : 0);
+  return __builtin_shuffle(a, b, from);
+}
+#endif
+
+// The sums of kLanes vectors, in order. Each step adds the halves of two vectors: what lies across moves (one shuffle),
+// what lies right is blended.
+template <class S, int half = kLanes<S> / 2>
 FSQ_INLINE Vec<S> fold(Vec<S> (&v)[kLanes<S>]) {
-#pragma GCC unroll 4
-  for (int half = kLanes<S> / 2; half >= 1; half /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      v[i] = interleave<false, S>(v[i], v[i + half]) + interleave<true, S>(v[i], v[i + half]);
-  return v[0];
+  for (int i = 0; i < half; ++i)
+    v[i] = select_half<half, false, S>(v[i], v[i + half]) + select_half<half, true, S>(v[i], v[i + half]);
+  if constexpr (half > 1)
+    return fold<S, half / 2>(v);
+  else
+    return v[0];
 }
 
 }  // namespace FSQ_ISA
