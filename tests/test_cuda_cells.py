@@ -1,8 +1,9 @@
-"""Single cells on the CUDA kernels, run by the emulator: the whole step, its pointwise part alone in any strides, and
-which of the two kernels, wide or not, takes what."""
+"""Single cells on the CUDA kernels: the whole step, its pointwise part alone in any strides, and which of the two
+kernels, wide or not, takes what. Run by the emulator or, where the backend is usable, by a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +22,15 @@ from fusedseq.reference import gru, lstm
 from fusedseq.testing import DTYPES, judge
 from fusedseq.testing.cases import CELLS, GATES, short
 
+DEVICE = "cuda" if cuda.missing() is None else "cpu"
 # B, I, H: one; odd and prime; whole numbers of 16 bytes; more units than a block has; an input without features.
 SIZES = [(1, 1, 1), (3, 5, 7), (33, 4, 32), (2, 3, 257), (5, 0, 16)]
 
 
 @pytest.fixture(autouse=True)
-def _emulator() -> Iterator[None]:
-    with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"), cuda_emulated.device(1):
+def _backend() -> Iterator[None]:
+    emulated = cuda.emulated(cuda_emulated.module()) if DEVICE == "cpu" else contextlib.nullcontext()
+    with emulated, fusedseq.use_backend("cuda"), cuda_emulated.device(1):
         yield
 
 
@@ -37,22 +40,22 @@ def _emulator() -> Iterator[None]:
 def test_cells_match_the_truth(cell: str, dtype: torch.dtype, seed: int) -> None:
     with registry.record() as choices, cuda_emulated.device(seed):
         for size in SIZES:
-            check_cell("cuda", "cpu", cell, size, dtype)
-        check_cell("cuda", "cpu", cell, (3, 5, 8), dtype, bias=False)
-        check_cell("cuda", "cpu", cell, (3, 5, 7), dtype, bias=False)
-        check_cell("cuda", "cpu", cell, (3, 5, 8), dtype, state=False)
-        check_cell("cuda", "cpu", cell, (3, 5, 7), dtype, state=False)
-        check_cell("cuda", "cpu", cell, (0, 3, 4), dtype)
+            check_cell("cuda", DEVICE, cell, size, dtype)
+        check_cell("cuda", DEVICE, cell, (3, 5, 8), dtype, bias=False)
+        check_cell("cuda", DEVICE, cell, (3, 5, 7), dtype, bias=False)
+        check_cell("cuda", DEVICE, cell, (3, 5, 8), dtype, state=False)
+        check_cell("cuda", DEVICE, cell, (3, 5, 7), dtype, state=False)
+        check_cell("cuda", DEVICE, cell, (0, 3, 4), dtype)
     assert {choice.backend for choice in choices if choice.call.dtype == dtype} >= {"cuda"}
 
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_the_modules_run_here(name: str) -> None:
-    x = torch.randn(4, 6)
-    module = getattr(fusedseq, name)(6, 9)
+    x = torch.randn(4, 6, device=DEVICE)
+    module = getattr(fusedseq, name)(6, 9).to(DEVICE)
     report = fusedseq.explain(module, x)
     assert report.backends == {"cuda"}
-    want = getattr(torch.nn, name)(6, 9)
+    want = getattr(torch.nn, name)(6, 9).to(DEVICE)
     want.load_state_dict(module.state_dict())
     torch.testing.assert_close(report.output, want(x))
 
@@ -64,7 +67,8 @@ def test_a_projection_takes_the_scan_of_one_step() -> None:
     single: Any = [{n: t.float() for n, t in tensors.items() if t is not None}, [w.float() for w in weights],
                    [g.float() for g in upstream]]  # fmt: skip
     outcomes = []
-    for backend, args in (("cuda", single), ("reference", [tensors, weights, upstream]), ("reference", single)):
+    here: Any = [{n: t.to(DEVICE) for n, t in single[0].items()}, *([t.to(DEVICE) for t in one] for one in single[1:])]
+    for backend, args in (("cuda", here), ("reference", [tensors, weights, upstream]), ("reference", single)):
         with fusedseq.use_backend(backend):
             outcomes.append(evaluate("lstm", *args))
     assert all(error.ok for error in judge(*outcomes, torch.float32, terms=20))
@@ -74,8 +78,8 @@ def test_a_projection_takes_the_scan_of_one_step() -> None:
 def test_second_derivatives_of_a_saved_step(cell: str) -> None:
     """The operator's own backward takes up what the cell has saved."""
     B, H = 3, 4
-    x, h, c = (normal(B, H, seed=i).requires_grad_() for i in range(3))
-    weights = [normal(GATES[cell] * H, H, seed=2), normal(GATES[cell] * H, H, seed=3)]
+    x, h, c = (normal(B, H, seed=i).to(DEVICE).requires_grad_() for i in range(3))
+    weights = [normal(GATES[cell] * H, H, seed=2).to(DEVICE), normal(GATES[cell] * H, H, seed=3).to(DEVICE)]
     found = []
     for backend in ("cuda", "reference"):
         with fusedseq.use_backend(backend):
@@ -92,13 +96,13 @@ def placed(cell: str, B: int, H: int, how: str, dtype: torch.dtype) -> dict[str,
     gh = (2 if cell == "gru_reset_before" else G) * H
     shapes = {"gx": (B, G * H), "gh": (B, gh)} | dict.fromkeys(("h", "c", "dh", "dc"), (B, H))
     # The products are numbers of the dtype as well, so that the peer, which computes in it, is given the same.
-    return {name: sliced(normal(*shape, seed=i).to(dtype).to(S if name in ("gx", "gh") else dtype), how)
+    return {name: sliced(normal(*shape, seed=i).to(dtype).to(DEVICE, S if name in ("gx", "gh") else dtype), how)
             for i, (name, shape) in enumerate(shapes.items())}  # fmt: skip
 
 
 def constants(cell: str, H: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    found = {name: normal(GATES[cell] * H, seed=i).to(dtype) for i, name in enumerate(("b_ih", "b_hh"))}
-    return found | {"w_hn": (normal(H, H) / H**0.5).to(dtype)}
+    found = {name: normal(GATES[cell] * H, seed=i).to(DEVICE, dtype) for i, name in enumerate(("b_ih", "b_hh"))}
+    return found | {"w_hn": (normal(H, H) / H**0.5).to(DEVICE, dtype)}
 
 
 def run_pointwise(
@@ -132,7 +136,7 @@ def test_the_pointwise_part_in_any_strides(cell: str, how: str, dtype: torch.dty
     given, rest = placed(cell, B, H, "dense" if how == "long" else how, dtype), constants(cell, H, dtype)
 
     def run(kind: torch.dtype) -> dict[str, Tensor]:
-        named = {name: t.to(kind).detach().clone() for name, t in (given | rest).items()}
+        named = {name: t.cpu().to(kind).detach().clone() for name, t in (given | rest).items()}
         return {name: t.detach() for name, t in specification(cell, named).items()}
 
     outcome, wide = run_pointwise(cell, given, rest, dtype)
@@ -203,15 +207,16 @@ def test_what_is_kept_is_what_the_reference_keeps() -> None:
             assert KEPT[cell] == 0
             continue
         rows = w_hh[: 2 * H] if cell == "gru_reset_before" else w_hh
-        step = Step(cell, gx, h @ rows.t(), None, None, h, c)
-        kept = pointwise_forward(step, w_hh[2 * H :], torch.float64, True).kept
+        given = [t.to(DEVICE) for t in (gx, h @ rows.t(), h, c, w_hh[2 * H :])]
+        step = Step(cell, given[0], given[1], None, None, given[2], given[3])
+        kept = pointwise_forward(step, given[4], torch.float64, True).kept
         assert kept is not None
-        torch.testing.assert_close(kept, torch.cat(saved, 1))
+        torch.testing.assert_close(kept.cpu(), torch.cat(saved, 1))
 
 
 def test_nan_and_infinity_go_through() -> None:
     for dtype, H in ((torch.float32, 8), (torch.float32, 7)):
-        gx = torch.zeros(2, 4 * H, dtype=dtype)
+        gx = torch.zeros(2, 4 * H, dtype=dtype, device=DEVICE)
         gx[0, 0], gx[1, 1], gx[1, H + 2] = float("nan"), float("inf"), float("-inf")
         new = pointwise_forward(Step("lstm", gx, None, None, None, None, None), None, dtype, False)
         assert new.kept is None and new.c is not None
@@ -232,6 +237,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_named() -> None:
                            torch.zeros(4, 2), None)  # fmt: skip
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU checks no address")
 def test_a_failed_launch_names_kernel_and_shape() -> None:
     """An address beyond the tensor's end: the emulator checks every access against the strides it was told."""
     core = cuda_emulated.module()

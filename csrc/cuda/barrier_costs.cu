@@ -10,7 +10,6 @@
 
 namespace fusedseq {
 namespace FSQ_ISA {
-namespace {
 
 constexpr int kRows = 16;
 typedef __nv_bfloat16 Element;  // of what an exchange moves
@@ -173,6 +172,8 @@ struct GridBarrier {
   }
   FSQ_DEVICE uint32_t end(int) const { return GlobalSpan<uint32_t>(words + 1, 1).load(0); }
 };
+
+namespace {
 
 template <class B, bool Handed>
 __global__ void __launch_bounds__(1024) barrier_loop(BarrierParams p) {
