@@ -1,9 +1,10 @@
 """`make device`: everything that only a machine with a GPU can tell, in one command of at most eight minutes.
 
-Builds the kernels for the GPU at hand, runs the parity matrix on it, a small part of it under compute-sanitizer, and
-times ours beside torch's kernels. Needs no network: python, torch, nvcc, pybind11, setuptools and pytest; what is
-missing skips its part and is named in the table. Writes device.json and device.md to bench/results/<gpu>/ after every
-part. Run from the root of a checkout: python bench/device.py [--part rnn|attention|all] [--dry-run]
+Builds the kernels for the GPU at hand, times its barriers, runs the parity matrix on it, a small part of it under
+compute-sanitizer, and times ours beside torch's kernels. Needs no network: python, torch, nvcc, pybind11, setuptools
+and pytest; what is missing skips its part and is named in the table. Writes device.json and device.md to
+bench/results/<gpu>/ after every part. Run from the root of a checkout:
+python bench/device.py [--part rnn|attention|all] [--dry-run]
 
 It imports nothing of the package, which it builds first.
 """
@@ -27,11 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = 480.0  # seconds
 # No part may take what the ones after it need.
-LIMITS = {"build": 200.0, "parity": 150.0, "sanitizer": 75.0, "benchmark": 480.0}
+LIMITS = {"build": 200.0, "barriers": 40.0, "parity": 150.0, "sanitizer": 75.0, "benchmark": 480.0}
 TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = {"rnn": ("cuda", "triton"), "attention": ("cuda", "triton")}
 TESTS = {
-    "rnn": ["tests/test_parity.py"],
+    "rnn": ["tests/test_parity.py", "tests/test_cuda_cells.py", "tests/test_triton_cells.py"],
     "attention": [
         "tests/test_attention_parity.py",
         "tests/test_rows_parity.py",
@@ -65,6 +66,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
     parts: list[Part] = field(default_factory=list)
+    barriers: list[dict[str, Any]] = field(default_factory=list)
     benchmark: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,8 +123,8 @@ class Session:
 
     def go(self) -> Report:
         for name, step in (
-            ("build", self.build), ("parity", self.parity), ("sanitizer", self.sanitizer),
-            ("benchmark", self.benchmark),
+            ("build", self.build), ("barriers", self.barriers), ("parity", self.parity),
+            ("sanitizer", self.sanitizer), ("benchmark", self.benchmark),
         ):  # fmt: skip
             started = time.monotonic()
             left = min(LIMITS[name], self.ends - started)
@@ -162,6 +164,23 @@ class Session:
         with_cuda = f"sm_{arch}" if extra["FUSEDSEQ_CUDA"] == "1" else "without the CUDA kernels"
         why = "" if cuda else " (nvcc not found)"
         return [_part("build", status, f"{with_cuda}{why}" if status == 0 else output)]
+
+    def barriers(self, limit: float) -> list[Part]:
+        if "rnn" not in self.kinds:
+            return [Part("barriers", "skipped", 0.0, "scans were not asked for")]
+        out = self.out / "barriers.json"
+        self.out.mkdir(parents=True, exist_ok=True)
+        command = self._python("-m", "fusedseq.bench.barriers")
+        if self.dry_run or not self.capability:
+            status, output = run([*command, "--list"], limit, self._environment())
+            count = len(output.splitlines())
+            return [Part("barriers", "skipped" if status == 0 else "failed", 0.0, f"{count} loops, listed only")]
+        out.unlink(missing_ok=True)
+        status, output = run([*command, "--out", str(out)], limit, self._environment())
+        if out.exists():
+            self.report.barriers = json.loads(out.read_text())
+            out.unlink()
+        return [_part("barriers", status, f"{len(self.report.barriers)} loops" if status == 0 else output)]
 
     def parity(self, limit: float) -> list[Part]:
         if shutil.which("pytest") is None and self.report.versions["pytest"] == "not installed":
@@ -224,6 +243,7 @@ def table(report: Report) -> str:
     for one in report.parts:
         detail = one.detail.strip().replace("|", "\\|").splitlines()
         lines.append(f"| {one.name} | {one.status} | {one.seconds:.0f} | {detail[-1][:200] if detail else ''} |")
+    lines += _barriers(report.barriers)
     cases = report.benchmark.get("cases", [])
     lines += _rates([case for case in cases if case["case"].startswith("attention")])
     cases = [case for case in cases if not case["case"].startswith("attention")]
@@ -267,13 +287,48 @@ def _rates(cases: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _barriers(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Clocks of each barrier beside those that the choice of a tier assumes for a step."""
+    if not rows:
+        return []
+    lines = ["", "Barriers, clocks of a round: alone, and handing a word on. A step is what a tier has of them.", ""]
+    lines += [
+        "| barrier | CTAs | threads | alone | with a word | ns | a step | assumed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "clocks" not in row:
+            told = ["", "", "", row.get("reason", "").replace("|", "\\|")[:120], row.get("assumed") or ""]
+        else:
+            step = f"{row['per_step'] * row['clocks']:.0f}" if row.get("assumed") else ""
+            told = [
+                f"{row['clocks']:.0f}",
+                f"{row['clocks_handed']:.0f}",
+                f"{row['ns']:.0f}",
+                step,
+                row["assumed"] or "",
+            ]
+        lines.append(f"| {row['kind']} | {row['ctas']} | {row['threads']} | {' | '.join(map(str, told))} |")
+    return lines
+
+
 def _bandwidths(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """What is limited by memory, beside a copy of as many bytes."""
-    lines = ["", "| case | of copy bandwidth |", "|---|---|"] if cases else []
+    """What is limited by memory: its rate, beside a copy of as many bytes."""
+    if not cases:
+        return []
+    names = [name for name in ("fusedseq", "triton") if any(name in case["peers"] for case in cases)]
+    heads = "".join(f" {name}, GB/s | of copy |" for name in names)
+    lines = ["", f"| case |{heads}", f"|---|{'---|---|' * len(names)}"]
     for case in cases:
-        ours = _median(case, ("fusedseq",))
-        share = f"{100 * case['copy'] / ours:.0f}%" if ours else _why(case)
-        lines.append(f"| {case['case']} | {share} |")
+        told = []
+        for name in names:
+            seconds = _median(case, (name,))
+            told += (
+                [f"{case['bytes'] / seconds / 1e9:.0f}", f"{100 * case['copy'] / seconds:.0f}%"]
+                if seconds
+                else ["", ""]
+            )
+        lines.append(f"| {case['case']} | {' | '.join(told)} |")
     return lines
 
 

@@ -61,11 +61,13 @@ def _made(name: str) -> Iterator[Case]:
 
 def peers(case: Case) -> list[str]:
     """Who runs a case. What compiles long stands beside few: FlexAttention beside what it is made for, Triton beside
-    one case of each kind of scan."""
+    one case of each kind of scan, and all pointwise ones."""
     if isinstance(case, AttentionCase):
         flex = case.window or (case.L == 16384 and case.mode == "inference")
         return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
-    each = isinstance(case, RecurrentCase) and case.mode == "training" and case.T == 256
+    each = isinstance(case, PointwiseCase) or (
+        isinstance(case, RecurrentCase) and case.mode == "training" and case.T == 256
+    )
     return ["fusedseq", "torch", *(["triton"] if each else [])]
 
 
@@ -138,7 +140,7 @@ def measure(parts: Sequence[str], seconds: float, out: Path) -> int:
                 named[peer] = kernels(runner.call)
         record["cases"].append({
             "case": str(case), "fields": case.fields(), "backend": result.backend,
-            "operations": result.operations, "plans": plans(case),
+            "operations": result.operations, "bytes": result.bytes, "plans": plans(case),
             "peers": {name: asdict(peer) for name, peer in result.peers.items()}, "kernels": named,
             "copy": copying(case),
         })  # fmt: skip

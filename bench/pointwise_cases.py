@@ -52,7 +52,7 @@ class PointwiseCase(Case, kind="pointwise"):
 
 
 def device() -> Iterator[PointwiseCase]:
-    """Of more memory than any cache has; all of them run on the Triton kernels, so they are for a GPU."""
+    """Of more memory than any cache has; all of them run on the CUDA and Triton kernels, so they are for a GPU."""
     for family in FAMILIES:
         for mode in ("inference", "training"):
             yield PointwiseCase(family, mode, 16384, 2048, dtype="bfloat16", device="cuda")

@@ -246,6 +246,52 @@ struct CudaScanGradParams {
   void* dc0;           // [D,B,H], LSTM only
 };
 
+// Element (b, u) of a matrix lies at data + b * sb + u * su. A bias is one with sb = 0.
+struct Strided {
+  void* data;
+  int64_t sb, su;
+};
+
+// The pointwise part of one step of a cell on a GPU: from both products of its gates to the states. The products are
+// the caller's. A GRU that resets before the product has one in the middle and takes two phases; all others have phase
+// 0 alone. A matrix whose data is null is zero; results must be there.
+struct CudaCellParams {
+  Cell cell;
+  DType dtype;  // of states and biases; half types compute in float32
+  int phase;
+  int64_t B, H;
+  Strided gx;     // [B,G*H] compute type: W_ih x
+  Strided gh;     // [B,G*H] compute type: W_hh h; reset before: [B,2*H] of r and z, in phase 1 [B,H] of W_hn (r h)
+  Strided b_ih;   // [G*H]
+  Strided b_hh;   // [G*H]
+  Strided h;      // [B,H] the state before, GRU only
+  Strided c;      // [B,H] the cell state before, LSTM only
+  Strided h_new;  // [B,H]; reset before, phase 0: r h
+  Strided c_new;  // [B,H] LSTM only
+  Strided kept;   // [B,S*H] compute type; null: keep nothing. Reset before: always there, as z waits in it for phase 1
+  void* stream;
+};
+
+// The backward of the same step, up to the gradients that the products take.
+struct CudaCellGradParams {
+  Cell cell;
+  DType dtype;
+  int phase;
+  int64_t B, H;
+  Strided kept;     // as forward left it
+  Strided y;        // [B,H] compute type, RNN only: the state after, best before it was rounded
+  Strided h;        // [B,H] the state before, GRU only
+  Strided c;        // [B,H] the cell state before, LSTM only
+  Strided dh;       // [B,H] gradient of the state after
+  Strided dc;       // [B,H] gradient of the cell state after, LSTM only
+  Strided drh;      // [B,H] compute type, reset before, phase 1: dn W_hn
+  Strided dgates;   // [B,G*H] written: of W_ih x + b_ih. Reset before: z and n in phase 0, r in phase 1
+  Strided dinner;   // [B,3*H] written by a GRU that resets after the product: of W_hh h + b_hh
+  Strided dh_past;  // [B,H] compute type, written by a GRU: what reaches h past the products
+  Strided dc_past;  // [B,H] written by an LSTM: the gradient of c
+  void* stream;
+};
+
 // Attention on a GPU; everything the pointers name lies in device memory. Half types only; `threads` and the seed of
 // `a` are not read, and a bias is float32 or of a half type. A window that reaches past all keys is given as unbounded.
 struct CudaAttentionParams {

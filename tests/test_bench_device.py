@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 
+import cuda_emulated
 import pytest
 import torch
 
 from fusedseq import registry
-from fusedseq.bench import device, device_cases, peers
+from fusedseq.backends import cuda
+from fusedseq.bench import barriers, device, device_cases, peers
 from fusedseq.bench.pointwise_cases import PointwiseCase
 from fusedseq.bench.pointwise_cases import device as pointwise
 from fusedseq.bench.rnn_cases import RecurrentCase
@@ -35,6 +38,18 @@ class Scripted(device.Session):
 
     def build(self, limit: float) -> list[device.Part]:
         return [device.Part("build", "ok", 0.0, f"{limit:.0f}")]
+
+    def barriers(self, limit: float) -> list[device.Part]:
+        self.report.barriers = [
+            {"kind": "cluster_exchange", "ctas": 16, "threads": 256, "per_step": 1, "assumed": 900, "clocks": 1234.4,
+             "clocks_handed": 1300.0, "ns": 700.0, "ns_handed": 750.0},
+            {"kind": "block", "ctas": 1, "threads": 128, "per_step": 2, "assumed": 100, "clocks": 20.0,
+             "clocks_handed": 60.0, "ns": 12.0, "ns_handed": 35.0},
+            {"kind": "flag", "ctas": 2, "threads": 32, "per_step": 1, "assumed": None, "clocks": 800.0,
+             "clocks_handed": 900.0, "ns": 450.0, "ns_handed": 500.0},
+            {"kind": "cluster", "ctas": 16, "threads": 256, "per_step": 1, "assumed": None, "reason": "no | clusters"},
+        ]  # fmt: skip
+        return [device.Part("barriers", "ok")]
 
     def parity(self, limit: float) -> list[device.Part]:
         return [device.Part("parity", "failed", 0.0, "first\nlast | line")]
@@ -62,7 +77,9 @@ def recorded() -> list[dict[str, object]]:
         {"case": "GRU c", "backend": "cuda", "plans": {}, "kernels": {},
          "peers": {"fusedseq": peer(None, "norm error | too large"), "cudnn": peer(0.001)}},
         {"case": "LSTMPointwise d", "backend": "", "plans": {}, "kernels": {}, "copy": 0.0018,
-         "peers": {"fusedseq": peer(0.002), "torch": peer(0.004)}},
+         "bytes": 4 * 10**9, "peers": {"fusedseq": peer(0.002), "triton": peer(0.004), "torch": peer(0.004)}},
+        {"case": "GRUPointwise e", "backend": "", "plans": {}, "kernels": {}, "copy": 0.0018,
+         "bytes": 4 * 10**9, "peers": {"fusedseq": peer(None, "wrong"), "torch": peer(0.004)}},
     ]  # fmt: skip
 
 
@@ -71,14 +88,27 @@ def test_parts_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path, caps
     text = (tmp_path / "device.md").read_text()
     assert text in capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    assert rows[1:6] == ["build", "parity", "sanitizer memcheck", "sanitizer racecheck", "sanitizer synccheck"]
+    assert rows[1:7] == [
+        "build",
+        "barriers",
+        "parity",
+        "sanitizer memcheck",
+        "sanitizer racecheck",
+        "sanitizer synccheck",
+    ]
     assert "| parity | failed | 0 | last \\| line |" in text
     assert "| LSTM a | 1.000 | 4.000 | 4.00 | cuda cluster 16x16 | lstm_persist x1 |" in text
     assert "norm error \\| too large" in text
     assert "Geometric mean over 2 cases: 2.00; lowest 1.00." in text
-    assert "| LSTMPointwise d | 90% |" in text
+    assert "| case | fusedseq, GB/s | of copy | triton, GB/s | of copy |" in text
+    assert "| LSTMPointwise d | 2000 | 90% | 1000 | 45% |" in text
+    assert "| GRUPointwise e |  |  |  |  |" in text
+    assert "| cluster_exchange | 16 | 256 | 1234 | 1300 | 700 | 1234 | 900 |" in text
+    assert "| block | 1 | 128 | 20 | 60 | 12 | 40 | 100 |" in text
+    assert "| flag | 2 | 32 | 800 | 900 | 450 |  |  |" in text
+    assert "| cluster | 16 | 256 |  |  |  | no \\| clusters |  |" in text
     report = json.loads((tmp_path / "device.json").read_text())
-    assert [part["status"] for part in report["parts"]] == ["ok", "failed", "ok", "ok", "ok", "ok"]
+    assert [part["status"] for part in report["parts"]] == ["ok", "ok", "failed", "ok", "ok", "ok", "ok"]
 
 
 def test_attention_is_told_in_operations() -> None:
@@ -113,7 +143,7 @@ def test_attention_runs_beside_every_kernel_of_torch() -> None:
 
 def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
     report = Scripted("rnn", tmp_path, whole=1.0).go()
-    assert [part.status for part in report.parts] == ["skipped"] * 4
+    assert [part.status for part in report.parts] == ["skipped"] * 5
     assert all(part.detail == "no time was left" for part in report.parts)
 
 
@@ -121,6 +151,10 @@ def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
 def test_without_a_gpu_nothing_is_called_measured(tmp_path: Path) -> None:
     session = device.Session("rnn", tmp_path)
     assert [part.status for part in session.sanitizer(5)] == ["skipped"]
+    (listed,) = session.barriers(60)
+    assert (listed.status, listed.detail) == ("skipped", f"{len(barriers.cases())} loops, listed only")
+    (none,) = device.Session("attention", tmp_path).barriers(60)
+    assert (none.status, none.detail) == ("skipped", "scans were not asked for")
     assert "Nothing here was measured" in device.table(session.report)
 
 
@@ -139,15 +173,21 @@ def test_the_cases_are_what_the_goals_are_about(capsys: pytest.CaptureFixture[st
     assert any(line.startswith("attention") for line in listed)
 
 
-@pytest.mark.skipif(registry.backends()["triton"].missing() is not None, reason="the Triton kernels are not usable")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("case", list(pointwise()), ids=str)
-def test_pointwise_cases_pass_their_gate(case: PointwiseCase) -> None:
-    for dtype in ("bfloat16", "float32"):
-        work = make(case.tiny().but(device="cpu", dtype=dtype))
-        runner = peers.build("fusedseq", work)
-        assert isinstance(runner, Runner)
-        assert Gates(work).judge(runner).wrong is None
-        assert isinstance(peers.build("torch", work), Refusal)
+def test_pointwise_cases_pass_their_gate(case: PointwiseCase, backend: str) -> None:
+    if backend == "triton" and (why := registry.backends()["triton"].missing()) is not None:
+        pytest.skip(why)
+    emulated = cuda.emulated(cuda_emulated.module()) if backend == "cuda" else contextlib.nullcontext()
+    with emulated, cuda_emulated.device():
+        for dtype in ("bfloat16", "float32"):
+            work = make(case.tiny().but(device="cpu", dtype=dtype))
+            runner = peers.build("fusedseq" if backend == "cuda" else "triton", work)
+            assert isinstance(runner, Runner)
+            assert Gates(work).judge(runner).wrong is None
+            assert ("cuda" in runner.call.__qualname__) == (backend == "cuda")
+            assert isinstance(peers.build("torch", work), Refusal)
+    assert device_cases.peers(case) == ["fusedseq", "torch", "triton"]
 
 
 def test_a_copy_moves_as_many_bytes() -> None:

@@ -60,7 +60,7 @@ def plain(function: str) -> str:
     found = re.search(r"(\w+)(?:<(.*?)>)?\((?:fusedseq|Cuda|\))", function)
     assert found is not None, function
     words = re.sub(r"\(fusedseq::Cell\)(\d)", lambda m: CELLS[int(m[1])], found[2] or "")
-    words = re.sub(r"fusedseq::device::|__nv_|,", " ", words).replace("__half", "float16")
+    words = re.sub(r"fusedseq::device::|\(anonymous namespace\)::|__nv_|,", " ", words).replace("__half", "float16")
     return " ".join([found[1], *words.split()])
 
 

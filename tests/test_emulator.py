@@ -43,6 +43,15 @@ def test_bugs_of_a_block(cases, seed, bug, message):
     assert f"(FUSEDSEQ_EMULATOR_SEED={seed})" in error
 
 
+def test_whole_accesses_to_global_memory_and_the_clock(cases, seed):
+    x, y, later = values(132), nothing(132), np.zeros(33, np.uint32)
+    assert cases.whole(0, x, y, 132, later) == ""
+    assert np.array_equal(x, y)
+    assert later.all()
+    assert "exchange store misaligned: 16 bytes" in cases.whole(1, x, y, 132, later)
+    assert "exchange store out of bounds: 16 bytes at element 132" in cases.whole(2, x, y, 132, later)
+
+
 def test_divergent_barrier_says_who_waits_where(cases):
     error = cases.reverse(4, values(128), nothing(128), 128)
     assert "block (0,0,0), threads 0-63: wait in __syncthreads" in error

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 EVERYWHERE = {
     "warp": ["HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.MT88.2"],
     "copy": ["LDGSTS", "LDGDEPBAR", "DEPBAR"],
-    "block": ["BAR.SYNC", "BAR.ARV"],
+    "block": ["BAR.SYNC", "BAR.ARV", "STG.E.128", "CS2R"],
     "grid": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "ATOMG.E.ADD.STRONG.GPU", "MEMBAR", "NANOSLEEP"],
     "cluster": [],
     "scan": [],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cell_formula import check_cell, evaluate, normal, sliced, specification
 from torch import Tensor
 
 import fusedseq
@@ -26,66 +27,24 @@ HALVES = [torch.bfloat16, torch.float16]
 SIZES = [(1, 1, 1), (3, 5, 7), (33, 4, 32), (2, 3, 257), (5, 0, 16)]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def evaluate(
-    cell: str, tensors: dict[str, Tensor | None], weights: list[Tensor], upstream: list[Tensor]
-) -> dict[str, Tensor]:
-    """States and every gradient of one step on the backend in force."""
-    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None}
-    held = [w.detach().requires_grad_() for w in weights]
-    outputs = run_cell(cell, leaves["x"], leaves.get("h"), leaves.get("c"), held)
-    states = {name: t for name, t in zip(("h'", "c'"), outputs, strict=True) if t is not None}
-    named = leaves | {f"w{i}": w for i, w in enumerate(held)}
-    grads = torch.autograd.grad(list(states.values()), list(named.values()), upstream[: len(states)])
-    return {name: t.detach() for name, t in states.items()} | {
-        "d" + name: grad for name, grad in zip(named, grads, strict=True)
-    }
-
-
-def check_cell(
-    cell: str, size: tuple[int, int, int], dtype: torch.dtype, bias: bool = True, state: bool = True
-) -> None:
-    B, I, H = size
-    G = GATES[cell]
-    tensors: dict[str, Tensor | None] = {"x": normal(B, I), "h": normal(B, H, seed=1) if state else None}
-    tensors["c"] = normal(B, H, seed=2) if state and cell == "lstm" else None
-    shapes = [(G * H, I), (G * H, H), *([(G * H,)] * 2 if bias else [])]
-    weights = [normal(*shape, seed=3 + i) / max(H, 1) ** 0.5 for i, shape in enumerate(shapes)]
-    upstream = [normal(B, H, seed=8), normal(B, H, seed=9)]
-
-    def outcome(backend: str, kind: torch.dtype, device: str) -> dict[str, Tensor]:
-        rounded = {n: None if t is None else t.to(dtype).to(device, kind) for n, t in tensors.items()}
-        with fusedseq.use_backend(backend):
-            return evaluate(cell, rounded, [w.to(dtype).to(device, kind) for w in weights],
-                            [g.to(dtype).to(device, kind) for g in upstream])  # fmt: skip
-
-    truth, peer = (outcome("reference", kind, "cpu") for kind in (torch.float64, dtype))
-    errors = judge(outcome("triton", dtype, DEVICE), truth, peer, dtype, terms=max(B, H))
-    wrong = [str(error) for error in errors if not error.ok]
-    assert not wrong, f"{cell} {short(dtype)} {size}: {wrong}"
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells_match_the_truth(cell: str) -> None:
     for size in SIZES:
-        check_cell(cell, size, torch.float32)
-    check_cell(cell, (3, 5, 7), torch.float32, bias=False)
-    check_cell(cell, (3, 5, 7), torch.float32, state=False)
+        check_cell("triton", DEVICE, cell, size, torch.float32)
+    check_cell("triton", DEVICE, cell, (3, 5, 7), torch.float32, bias=False)
+    check_cell("triton", DEVICE, cell, (3, 5, 7), torch.float32, state=False)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=short)
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells_of_half_types(cell: str, dtype: torch.dtype) -> None:
-    check_cell(cell, (5, 6, 33), dtype)
-    check_cell(cell, (4, 3, 8), dtype, state=False)
+    check_cell("triton", DEVICE, cell, (5, 6, 33), dtype)
+    check_cell("triton", DEVICE, cell, (4, 3, 8), dtype, state=False)
 
 
 def test_an_empty_batch() -> None:
     for cell in CELLS:
-        check_cell(cell, (0, 3, 4), torch.float32)
+        check_cell("triton", DEVICE, cell, (0, 3, 4), torch.float32)
 
 
 def test_the_modules_run_here() -> None:
@@ -125,45 +84,6 @@ def test_second_derivatives_of_a_saved_step() -> None:
             found.append((first.detach(), *torch.autograd.grad(first.square().sum(), (x, h))))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def sliced(t: Tensor, how: str) -> Tensor:
-    """The same numbers in other strides, NaN between and around them."""
-    if how == "dense":
-        return t.contiguous()
-    if how == "rows":
-        buffer = t.new_full((t.shape[0], t.shape[1] + 7), float("nan"))
-        buffer[:, 3:-4] = t
-        return buffer[:, 3:-4]
-    if how == "columns":
-        buffer = t.new_full((t.shape[1] * 2, t.shape[0] + 1), float("nan"))
-        buffer[::2, :-1] = t.t()
-        return buffer[::2, :-1].t()
-    return t[:1].expand_as(t)
-
-
-def specification(cell: str, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """States and gradients of the pointwise part, by autograd."""
-    gx, gh, h, c = (t[name].requires_grad_() for name in ("gx", "gh", "h", "c"))
-    b_ih, b_hh, dh, dc = t["b_ih"], t["b_hh"], t["dh"], t["dc"]
-    if cell == "lstm":
-        h_new, c_new, _ = lstm.step(gx + gh + b_ih + b_hh, h, c, torch.zeros(gh.shape[1], h.shape[1], dtype=h.dtype))
-        dgx, dc_past = torch.autograd.grad((h_new, c_new), (gx, c), (dh, dc))
-        return {"h'": h_new, "c'": c_new, "dgx": dgx, "dc": dc_past}
-    if cell == "gru":
-        (xr, xz, xn), (hr, hz, hn) = (gx + b_ih).chunk(3, 1), (gh + b_hh).chunk(3, 1)
-        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-        h_new = (1 - z) * (xn + r * hn).tanh() + z * h
-        dgx, dgh, dh_past = torch.autograd.grad(h_new, (gx, gh, h), dh)
-        return {"h'": h_new, "dgx": torch.cat([dgx, dgh.chunk(3, 1)[2]], 1), "dh": dh_past}
-    if cell == "gru_reset_before":
-        w_hh = torch.cat([torch.zeros(gh.shape[1], h.shape[1], dtype=h.dtype), t["w_hn"]])
-        products = torch.nn.functional.pad(gh, (0, h.shape[1]))
-        h_new, _ = gru.step_reset_before(gx + products + b_ih + b_hh, h, w_hh)
-        dgx, dh_past = torch.autograd.grad(h_new, (gx, h), dh)
-        return {"h'": h_new, "dgx": dgx, "dh": dh_past}
-    h_new = (torch.tanh if cell == "rnn_tanh" else torch.relu)(gx + gh + b_ih + b_hh)
-    return {"h'": h_new, "dgx": torch.autograd.grad(h_new, gx, dh)[0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=short)

@@ -1,4 +1,5 @@
 // Which tier runs a scan on the device at hand.
+#include "cuda/barrier_costs.h"
 #include "cuda/scan.h"
 #include "cuda/surface.h"
 
@@ -26,8 +27,7 @@ double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan
   const double turns = double(up(ctas, device.sm_count) / device.sm_count);
   const double element = p.dtype == DType::f32 ? 4 : 2;
   const double weights = element * gate_count(p.cell) * plan.units * plan.ranks * plan.units;
-  const int exchange = plan.tier == CudaTier::block ? 100 : plan.tier == CudaTier::cluster ? 900 : 2500;
-  return turns * (exchange + weights / 128);
+  return turns * (exchange_clocks(plan.tier) + weights / 128);
 }
 
 int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {

@@ -324,6 +324,13 @@ FSQ_PTX void cp_async_bulk_to_shared(uint32_t shared, const void* global, uint32
 // Orders this thread's ordinary accesses to shared memory before later ones of the asynchronous proxy.
 FSQ_PTX void fence_proxy_async() { FSQ_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
+// One store of 16 bytes, 16-byte aligned. An assignment says as much, but nvcc splits it where several are under way.
+FSQ_PTX void st_global_16(void* address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(address)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // Flags in global memory, scope of the GPU.
 // T: int32_t, uint32_t, int64_t, uint64_t. What is ordered before a release is seen after the acquire that reads it.
 
@@ -410,6 +417,12 @@ FSQ_PTX void nanosleep(uint32_t nanoseconds) { asm volatile("nanosleep.u32 %0;" 
 FSQ_PTX uint64_t globaltimer() {
   uint64_t value;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value)::"memory");
+  return value;
+}
+// Cycles of this SM's clock since some moment.
+FSQ_PTX uint64_t clock() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(value)::"memory");
   return value;
 }
 FSQ_PTX void prefetch_l2(const void* global) {

@@ -3,8 +3,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <initializer_list>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/launch.h"
 #include "fusedseq.h"
@@ -12,13 +14,16 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-inline std::string describe(const CudaScanParams& p) {
+// "lstm float32 B=3 H=5"
+inline std::string describe(Cell cell, DType dtype, std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   static const char* const cells[] = {"lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"};
   static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  std::string text = std::string(cells[int(p.cell)]) + " " + dtypes[int(p.dtype)];
-  const auto add = [&](const char* name, int64_t n) { text += std::string(" ") + name + "=" + std::to_string(n); };
-  add("T", p.T), add("B", p.B), add("H", p.H), add("R", p.R), add("D", p.D);
+  std::string text = std::string(cells[int(cell)]) + " " + dtypes[int(dtype)];
+  for (const auto& [name, n] : sizes) text += std::string(" ") + name + "=" + std::to_string(n);
   return text;
+}
+inline std::string describe(const CudaScanParams& p) {
+  return describe(p.cell, p.dtype, {{"T", p.T}, {"B", p.B}, {"H", p.H}, {"R", p.R}, {"D", p.D}});
 }
 
 // f(e) with e of the element type.

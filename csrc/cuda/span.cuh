@@ -106,7 +106,7 @@ FSQ_DEVICE SharedArena dynamic_shared() {
 }
 
 // `size` elements of T in global memory through which CTAs of one launch exchange data. What only one CTA writes and
-// none other reads needs no span.
+// none other reads needs no span, but for its bounds and alignment to be checked.
 template <class T>
 class GlobalSpan {
  public:
@@ -123,6 +123,9 @@ class GlobalSpan {
   void store(int64_t i, V value) const {
     memcpy(emulator::global_write(data_, size_, i, sizeof(T), sizeof(V)), static_cast<const void*>(&value), sizeof(V));
   }
+  void store_16(int64_t i, uint4 value) const {
+    ptx::st_global_16(emulator::global_write(data_, size_, i, sizeof(T), sizeof value), value);
+  }
   const T* source(int64_t i, int count) const {
     return static_cast<const T*>(emulator::global_read(data_, size_, i, sizeof(T), sizeof(T) * count));
   }
@@ -137,6 +140,8 @@ class GlobalSpan {
   FSQ_DEVICE void store(int64_t i, V value) const {
     *reinterpret_cast<V*>(data_ + i) = value;
   }
+  // 16 bytes in one access for sure.
+  FSQ_DEVICE void store_16(int64_t i, uint4 value) const { ptx::st_global_16(data_ + i, value); }
   // Where an asynchronous copy finds `count` elements.
   FSQ_DEVICE const T* source(int64_t i, int) const { return data_ + i; }
 #endif

@@ -21,6 +21,10 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
+// The pointwise part of a cell. `wide` becomes whether it moved 16 bytes at a time, which takes rows that are dense,
+// aligned to 16 bytes and of a multiple of as many units.
+std::string cuda_cell_forward(const CudaCellParams& p, bool& wide);
+std::string cuda_cell_backward(const CudaCellGradParams& p, bool& wide);
 std::string cuda_attention_forward(const CudaAttentionParams& p);
 // The forward kernel for Hopper, and why it would not take a call, empty if it would.
 std::string cuda_attention_hopper(const CudaAttentionParams& p);

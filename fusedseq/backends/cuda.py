@@ -1,7 +1,8 @@
 """The CUDA kernels: adapts tensors to `fusedseq._cuda` and says what it supports.
 
 The recurrence is one kernel, or one launch per step (docs/gpu-scans.md); the products over all time steps around it
-are torch's. Allocation, the stream and the choice of device are settled here; the module takes addresses.
+are torch's, and so are both products of a single cell. Allocation, the stream and the choice of device are settled
+here; the module takes addresses.
 
 Without a GPU the same kernels run under an emulator, on CPU tensors, while `emulated` is in force: for tests.
 """
@@ -17,8 +18,8 @@ import torch
 
 from fusedseq.backends import cuda_attention
 from fusedseq.backends.cuda_attention import attention_backward, attention_forward
+from fusedseq.backends.cuda_cell import cell_backward, cell_forward
 from fusedseq.backends.cuda_scan import scan_backward, scan_forward
-from fusedseq.backends.one_step import cells
 from fusedseq.backends.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -98,6 +99,3 @@ def supports(call: Call) -> str | None:
     if call.dtype not in DTYPES:
         return f"it has no kernel for {call.dtype}"
     return None
-
-
-cell_forward, cell_backward = cells(scan_forward, scan_backward)

@@ -102,6 +102,9 @@ inline void cp_async_bulk_to_shared(uint32_t shared, const void* global, uint32_
 }
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
+// Where it goes and how that is aligned, GlobalSpan::store_16 has checked.
+inline void st_global_16(void* address, uint4 value) { memcpy(address, static_cast<const void*>(&value), 16); }
+
 template <class T>
 T ld_acquire(const T* address) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "flags have 4 or 8 bytes");
@@ -143,6 +146,7 @@ inline void fence_acq_rel_cluster() { emulator::fence(); }
 
 inline void nanosleep(uint32_t nanoseconds) { emulator::nanosleep(nanoseconds); }
 inline uint64_t globaltimer() { return emulator::clock_nanoseconds(); }
+inline uint64_t clock() { return uint64_t(clock64()); }
 inline void prefetch_l2(const void*) {}
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float tanh_approx(float x) { return tanhf(x); }

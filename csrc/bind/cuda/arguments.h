@@ -28,6 +28,10 @@ class Arguments {
     const pybind11::tuple t = x;
     return {fusedseq::pointer(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>()};
   }
+  Strided strided(const char* name) const {
+    const Rows r = rows(name);
+    return {r.data, r.st, r.sb};
+  }
   void directions(const char* name, const void* (&into)[kMaxDirections]) const {
     const pybind11::object x = at(name);
     for (size_t d = 0; d < kMaxDirections; ++d) {

@@ -6,6 +6,8 @@
 
 #include "bind/cuda/arguments.h"
 #include "bind/cuda/attention.h"
+#include "bind/cuda/cells.h"
+#include "bind/cuda/costs.h"
 #include "cuda/surface.h"
 
 #ifndef FSQ_CUDA_MODULE
@@ -128,5 +130,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
   m.def("previous", &previous);
+  bind_cuda_cells(m);
   bind_cuda_attention(m);
+  bind_cuda_barriers(m);
 }

@@ -87,7 +87,26 @@ __global__ void count(const float* in, float* out) {
   out[threadIdx.x] = float(positive + 1000 * any + 2000 * all);
 }
 
+// Stores of 16 bytes into global memory, and whether the SM's clock went on meanwhile. Bugs: 1 an element too early, 2
+// past the end.
+template <int Bug>
+__global__ void whole(const float* in, float* out, int n, uint32_t* later) {
+  const uint64_t before = ptx::clock();
+  const GlobalSpan<float> span(out, n);
+  const int at = 4 * int(threadIdx.x);
+  uint4 value;
+  memcpy(static_cast<void*>(&value), in + at, sizeof value);
+  span.store_16(at + (Bug == 1 && at ? -1 : Bug == 2 ? 4 : 0), value);
+  __syncthreads();
+  later[threadIdx.x] = ptx::clock() > before;
+}
+
 }  // namespace
+
+FSQ_CASE whole_case(int bug, const float* in, float* out, int n, uint32_t* later) {
+  void (*const kernels[])(const float*, float*, int, uint32_t*) = {whole<0>, whole<1>, whole<2>};
+  return keep(run(kernels[bug], Launch("whole", "n=" + std::to_string(n), 1, unsigned(n / 4)), in, out, n, later));
+}
 
 FSQ_CASE reverse_case(int bug, const float* in, float* out, int n) {
   void (*const kernels[])(const float*, float*) = {reverse<0>, reverse<1>, reverse<2>, reverse<3>,
