@@ -163,20 +163,27 @@ def test_nor_does_it_where_the_result_overwrites_the_input(measured: Measured) -
     torch.testing.assert_close(got, want)
 
 
-def picks(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[tuple[Any, int]]:
+def shape(one: Any) -> Any:
+    """What of a candidate the interpreter heeds: neither warps nor stages nor registers."""
+    if isinstance(one, str):
+        return one
+    return tuple(getattr(one, name, None) for name in ("kind", "BM", "BN", "BK", "dealt"))
+
+
+def picks(
+    monkeypatch: pytest.MonkeyPatch, module: Any, keep: Callable[[Any], bool] = lambda one: True
+) -> list[tuple[Any, int]]:
     """Replaces the choice by the one whose number is asked for; (candidates, number) of each choice are recorded."""
     made: list[tuple[Any, int]] = []
 
     def pick(key: Any, shipped: Any, others: Any, launch: Any, x: Any) -> Any:
-        found = [shipped, *others()]
-        if isinstance(shipped, scan_plan.Plan):  # interpreted, warps and stages are nothing
-            found = list({one[:4]: one for one in reversed(found)}.values())[::-1]
+        found = list({shape(one): one for one in reversed([shipped, *others()])}.values())[::-1]
+        found = [one for one in found if keep(one)]
         made.append((found, pick.number))  # type: ignore[attr-defined]
         return found[pick.number % len(found)]  # type: ignore[attr-defined]
 
     pick.number = 0  # type: ignore[attr-defined]
-    for module in modules:
-        monkeypatch.setattr(module, "choose", pick)
+    monkeypatch.setattr(module, "choose", pick)
     made.append((pick, 0))
     return made
 
@@ -204,10 +211,10 @@ def test_every_plan_of_a_scan_is_right(cell: str, text: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 def test_every_plan_of_many_rows_is_right(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = picks(monkeypatch, triton_scan)
+    made = picks(monkeypatch, triton_scan, lambda plan: plan.BM == 64)
     with fusedseq.use_backend("triton"):
-        each(made, lambda: check(scan, Case.parse(cell, "T3B67I4H48-resets"), torch.bfloat16, DEVICE))
-    assert {plan.BM for found, _ in made for plan in found} == {16, 64}
+        each(made, lambda: check(scan, Case.parse(cell, "T3B67I4H32-resets"), torch.bfloat16, DEVICE))
+    assert {plan.kind for found, _ in made for plan in found} == {"resident", "streamed", "step"}
 
 
 def test_a_projection_with_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,13 +263,13 @@ def test_every_way_of_a_cell_is_right(family: str, options: Any, monkeypatch: py
 def test_every_tile_of_rows_is_right(op: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = picks(monkeypatch, triton_rows)
     with fusedseq.use_backend("triton"):
-        assert each(made, lambda: check_rows(op.run, RowCase(text), torch.float32, DEVICE)) >= 4
+        assert each(made, lambda: check_rows(op.run, RowCase(text), torch.float32, DEVICE)) >= 2
 
 
 def test_every_tile_of_attention_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     made = picks(monkeypatch, triton_attention)
     with fusedseq.use_backend("triton"):
-        case = AttentionCase("B1H2L40S70E16-causal-dropout")
+        case = AttentionCase("B1H1L40S70E16-causal-dropout")
         assert each(made, lambda: check_attention(attention, case, torch.float32, device=DEVICE)) >= 4
 
 
