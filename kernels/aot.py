@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     stages: int = 3
     registers: int | None = None  # `maxnreg`
     everywhere: bool = True  # else `--part` compiles it for the newest architecture only
+    seldom: bool = False  # `--part` leaves it out altogether
     wide: bool = False  # whether its accesses of global memory must be of 8 bytes or more
     bulk: bool = False  # whether the copy engine (TMA) must fetch its tiles
     capabilities: tuple[int, ...] = CAPABILITIES  # where tiles differ, each has a variant of the same name
@@ -115,7 +116,9 @@ def names(part: bool = False) -> dict[str, list[str]]:
     every = list(variants())
     return {
         f"sm_{c}": [
-            v.name for v in every if c in v.capabilities and (not part or v.everywhere or c == CAPABILITIES[-1])
+            v.name
+            for v in every
+            if c in v.capabilities and not (part and (v.seldom or not (v.everywhere or c == CAPABILITIES[-1])))
         ]
         for c in CAPABILITIES
     }

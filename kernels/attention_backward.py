@@ -25,6 +25,7 @@ from .attention_mask import (
     PADDED_EV,
     RIGHT,
     SOFTCAP,
+    TILED,
     WITH_DK,
     WITH_DV,
     allows,
@@ -33,6 +34,7 @@ from .attention_mask import (
     far_range,
     key_range,
     load_rows,
+    load_tile,
     row_range,
     rows_from,
     schedule,
@@ -45,10 +47,10 @@ def _query_tile(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, 
                 random, MODE: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
                 DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What one tile of keys adds to dq of a tile of rows, unscaled, and to the gradients of their slopes, negated."""
-    key_stride, value_stride = strides
+    key_stride, value_stride, pair = strides
     E, Ev, keys = sizes
-    k = load_rows(key_at, j, key_stride, j < keys, E, BE, MODE != INNER, PADDED_E & FEATURES)
-    v = load_rows(value_at, j, value_stride, j < keys, Ev, BV, MODE != INNER, PADDED_EV & FEATURES).to(DOT)
+    k = load_tile(key_at, j, j0, key_stride, j < keys, pair, E, BE, MODE, FEATURES, PADDED_E & FEATURES)
+    v = load_tile(value_at, j, j0, value_stride, j < keys, pair, Ev, BV, MODE, FEATURES, PADDED_EV & FEATURES).to(DOT)
     _, ds, tangent, distance = gradients(query, dout, k.to(DOT), v, lse, delta, j, j0, row, tables, numbers, random,
                                          MODE, True, FEATURES, DOT, PRECISION)  # fmt: skip
     if ALIBI & FEATURES:
@@ -76,7 +78,7 @@ def _query_step(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, 
 @triton.jit
 def attention_dq_kernel(
     q, k, v, dout, lse, delta, dq, row_slopes, bias, dense, slopes, lengths, cu_q, cu_k, positions, ranks,
-    tile_sequence, tile_first, seed_at,
+    tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
     positions_stride, ranks_stride, Hq, G, L, S, E, Ev, left, right, scale, raw_scale, softcap, limit, keep_scale,
     tiles, pairs, section,
@@ -87,7 +89,9 @@ def attention_dq_kernel(
 
     Strides g are those of dout, o those of dq; lse and delta come from `attention_delta_kernel`.
     """
-    n, hkv, tile = schedule(tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, CAUSAL & FEATURES)
+    n, hkv, tile = schedule(
+        tl.program_id(0), tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, CAUSAL & FEATURES
+    )  # fmt: skip
     b, q0, queries, k0, keys, shift = sequence(n, L, S, lengths, cu_q, cu_k, FEATURES)
     first_row = tile * BM
     real, position, h = rows_from(first_row, queries, hkv, G, BM, FEATURES)
@@ -104,8 +108,11 @@ def attention_dq_kernel(
     )  # fmt: skip
 
     b64, h64, i64, k64, head = b.to(tl.int64), h.to(tl.int64), i.to(tl.int64), k0.to(tl.int64), hkv.to(tl.int64)
-    key_at = k + b64 * skb + head * skh + k64 * skn
-    value_at = v + b64 * svb + head * svh + k64 * svn
+    if TILED & FEATURES:
+        key_at, value_at = key_descriptor, value_descriptor
+    else:
+        key_at = k + b64 * skb + head * skh + k64 * skn
+        value_at = v + b64 * svb + head * svh + k64 * svn
     query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, True, PADDED_E & FEATURES).to(DOT)
     upstream = load_rows(dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, True, PADDED_EV & FEATURES).to(DOT)
     row_lse = tl.load(lse + at, mask=real, other=float("inf"))
@@ -113,7 +120,7 @@ def attention_dq_kernel(
     row = (begin, end, reach, d, i, h, b, k0, keys, slope)
     tables = (bias_rows, sbs, dense_rows, sds)
     random = (tl.load(seed_at) if DROPOUT & FEATURES else 0, limit)
-    strides, sizes, numbers = (skn, svn), (E, Ev, keys), (scale, softcap, keep_scale)
+    strides, sizes, numbers = (skn, svn, (b, hkv)), (E, Ev, keys), (scale, softcap, keep_scale)
 
     acc = tl.zeros((BM, BE), tl.float32)
     sums = tl.zeros((BM,), tl.float32)
@@ -212,7 +219,9 @@ def attention_dkv_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of one tile of BN keys, from the rows to whose window they belong."""
-    n, hkv, tile = schedule(tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, False)
+    n, hkv, tile = schedule(
+        tl.program_id(0), tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, False
+    )  # fmt: skip
     b, q0, queries, k0, keys, shift = sequence(n, L, S, lengths, cu_q, cu_k, FEATURES)
     j0 = tile * BN
     j = j0 + tl.arange(0, BN)

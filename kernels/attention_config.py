@@ -1,13 +1,10 @@
-"""Tiles of the attention kernels: which are shipped, which one a call gets, and how others are tried on request."""
+"""Tiles of the attention kernels: which are shipped, which one a call gets, and which others it may try on request."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from . import attention_mask as bits
 from .runtime import INTERPRETING
@@ -20,6 +17,7 @@ class Tile(NamedTuple):
     BN: int
     warps: int
     stages: int
+    dealt: bool = False  # whether a program for each multiprocessor is dealt the tiles, forward only
 
 
 # Small, so that short tests have tiles of every kind; 64 keys, so that dropout takes its fast way.
@@ -52,6 +50,9 @@ _HALF = {
     (8, "dkv", 128): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (8, "dkv", 256): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
+# GPUs on which a block has 99 KB of shared memory, and what has more of it everywhere else.
+_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
+_SMALLER = {("dq", 256): Tile(32, 64, 8, 1), ("dkv", 256): Tile(16, 64, 8, 2)}
 # Tiles that come through descriptors need no registers for addresses, and leave room for one more in flight.
 _TILED = {128: Tile(128, 128, 8, 3)}
 # Descriptors end where the tensor does, not where a sequence does; keys that are picked, and tiles that a table may
@@ -91,16 +92,20 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
         chosen = _BIAS[generation, width]
     else:
         chosen = _HALF[generation, kernel, width][heavy]
-        if features & bits.TILED.value and not heavy:
+        if kernel == "forward" and features & bits.TILED.value and not heavy:
             chosen = _TILED.get(width, chosen)
+        if capability in _SMALL:
+            chosen = _SMALLER.get((kernel, width), chosen)
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
         return Tile(16, min(64, chosen.BN), 4, chosen.stages)
     return chosen
 
 
-def tiled(dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> bool:
-    """Whether the forward pass reads keys and values through descriptors, if their layout lets it."""
-    return capability[0] in (9, 10) and dtype != torch.float32 and not features & _NOT_TILED and rows > FEW_ROWS
+def tiled(kernel: str, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> bool:
+    """Whether a kernel ("forward", "dq") reads keys and values through descriptors, if their layout lets it."""
+    # dq of a heavy call has no registers to win by it, and spills.
+    apart = _NOT_TILED | (HEAVY if kernel == "dq" else 0)
+    return capability[0] in (9, 10) and dtype != torch.float32 and not features & apart and rows > FEW_ROWS
 
 
 def width_of(size: int) -> int:
@@ -114,30 +119,13 @@ def sums(width: int) -> tuple[int, ...]:
     return (dk, dv) if width > 128 else (dk | dv,)
 
 
-# Tiles that took the least time, by what settles it.
-_tuned: dict[Hashable, Tile] = {}
-
-
-def tuned(
-    key: Hashable, shipped: Tile, launch: Callable[[Tile], object], time: Callable[[Callable[[], object]], float]
-) -> Tile:
-    """The fastest of the shipped tile and its neighbours, measured at the first call with this key."""
-    if key not in _tuned:
-        taken: dict[Tile, float] = {}
-        for one in neighbours(shipped):
-            try:
-                taken[one] = time(functools.partial(launch, one))
-            except OutOfResources:
-                if one == shipped:
-                    raise
-        _tuned[key] = min(taken, key=taken.__getitem__)
-    return _tuned[key]
-
-
-def neighbours(shipped: Tile) -> list[Tile]:
-    """A tile, and those that differ from it in one thing."""
-    BM, BN, warps, stages = shipped
-    others = [Tile(BM, BN, warps, n) for n in (stages - 1, stages + 1) if n > 0]
-    others += [Tile(BM, n, warps, stages) for n in (BN // 2, BN * 2) if 32 <= n <= 128]
-    others += [Tile(n, BN, warps, stages) for n in (BM // 2, BM * 2) if 16 <= n <= 128]
-    return [shipped, *others, Tile(BM, BN, 12 - warps, stages)] if warps in (4, 8) else [shipped, *others]
+def neighbours(shipped: Tile, kernel: str, features: int) -> list[Tile]:
+    """Tiles that differ from the shipped one in one thing."""
+    BM, BN, warps, stages, _ = shipped
+    others = [shipped._replace(stages=n) for n in (stages - 1, stages + 1) if n > 0]
+    others += [shipped._replace(BN=n) for n in (BN // 2, BN * 2) if 32 <= n <= 128]
+    others += [shipped._replace(BM=n) for n in (BM // 2, BM * 2) if 16 <= n <= 128]
+    others += [shipped._replace(warps=12 - warps)] if warps in (4, 8) else []
+    # Tiles of unequal length. With pointers there are no registers for it.
+    uneven = features & bits.CAUSAL.value and features & bits.TILED.value and not features & HEAVY
+    return others + ([shipped._replace(dealt=True)] if kernel == "forward" and uneven else [])

@@ -12,6 +12,7 @@ from .attention_mask import (
     ALIBI,
     BIAS,
     CAUSAL,
+    DEALT,
     DENSE,
     DROPOUT,
     EDGE,
@@ -27,6 +28,7 @@ from .attention_mask import (
     TILED,
     allows,
     bounds,
+    dealt,
     far_keys,
     far_range,
     finish,
@@ -98,8 +100,8 @@ def _absorb(acc, total, top, query, key_at, value_at, strides, sizes, j, j0, row
 
 
 @triton.jit
-def attention_forward_kernel(
-    q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k, positions, ranks,
+def _forward_tile(
+    pid, q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k, positions, ranks,
     tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
     positions_stride, ranks_stride, B, Hq, G, L, S, E, Ev, left, right, scale, softcap, limit, keep_scale,
@@ -107,13 +109,9 @@ def attention_forward_kernel(
     FEATURES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: one tile of BM rows against all of its keys, or those of one part of `part` keys.
-
-    q [B, Hq, L, E], k and v [B, Hkv, S, E | Ev], out [B, Hq, L, Ev], lse [B, Hq, L] float32. SPLIT: out, lse and
-    part_total have the parts as a further first dimension and are float32: sums, largest logits, sums of weights.
-    """
+    """One tile of BM rows against all of its keys, or those of one part of `part` keys."""
     n, hkv, tile = schedule(
-        tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, CAUSAL & FEATURES
+        pid, tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, CAUSAL & FEATURES
     )  # fmt: skip
     b, q0, queries, k0, keys, shift = sequence(n, L, S, lengths, cu_q, cu_k, FEATURES)
     first_row = tile * BM
@@ -189,3 +187,39 @@ def attention_forward_kernel(
     e = tl.arange(0, BV)
     address = out + (b64 * sob + h64 * soh + i64 * son)[:, None] + e[None, :]
     tl.store(address, acc.to(out.dtype.element_ty), mask=real[:, None] & (e < Ev)[None, :])
+
+
+@triton.jit
+def attention_forward_kernel(
+    q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k, positions, ranks,
+    tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
+    positions_stride, ranks_stride, B, Hq, G, L, S, E, Ev, left, right, scale, softcap, limit, keep_scale,
+    tiles, pairs, section, part,
+    FEATURES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: one tile of BM rows, or DEALT: one after the other, the longest first.
+
+    q [B, Hq, L, E], k and v [B, Hkv, S, E | Ev], out [B, Hq, L, Ev], lse [B, Hq, L] float32. SPLIT: out, lse and
+    part_total have the parts as a further first dimension and are float32: sums, largest logits, sums of weights.
+    """
+    if DEALT & FEATURES:
+        for turn in tl.range(0, tl.cdiv(tiles * pairs, tl.num_programs(0)), num_stages=1):
+            pid = dealt(turn)
+            if pid < tiles * pairs:
+                _forward_tile(
+                    pid, q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k, positions,
+                    ranks, tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
+                    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
+                    positions_stride, ranks_stride, B, Hq, G, L, S, E, Ev, left, right, scale, softcap, limit,
+                    keep_scale, tiles, pairs, section, part, FEATURES, BM, BN, BE, BV, DOT, PRECISION,
+                )  # fmt: skip
+    else:
+        _forward_tile(
+            tl.program_id(0), q, k, v, out, lse, part_total, bias, dense, slopes, sinks, lengths, cu_q, cu_k,
+            positions, ranks, tile_sequence, tile_first, seed_at, key_descriptor, value_descriptor,
+            sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
+            positions_stride, ranks_stride, B, Hq, G, L, S, E, Ev, left, right, scale, softcap, limit, keep_scale,
+            tiles, pairs, section, part, FEATURES, BM, BN, BE, BV, DOT, PRECISION,
+        )  # fmt: skip

@@ -39,6 +39,7 @@ SPLIT = tl.constexpr(1 << 18)  # keys are cut into parts that a second kernel me
 WITH_DK = tl.constexpr(1 << 19)  # which gradients a program sums: wide heads have registers for one at a time
 WITH_DV = tl.constexpr(1 << 20)
 TILED = tl.constexpr(1 << 21)  # keys and values come through tensor descriptors (TMA)
+DEALT = tl.constexpr(1 << 22)  # as many programs as run at once are dealt the tiles, instead of one program for each
 ALTERED = tl.constexpr(SOFTCAP.value | BIAS.value | ALIBI.value)
 
 # How a tile of keys is looked at: all rows see all of it; some do not; its keys are picked from beyond the window.
@@ -52,14 +53,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def schedule(tiles, pairs, section, tile_sequence, tile_first, G, FEATURES: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """This program's sequence, key head and tile.
+def schedule(
+    pid, tiles, pairs, section, tile_sequence, tile_first, G, FEATURES: tl.constexpr, LAST_FIRST: tl.constexpr
+):  # fmt: skip
+    """Sequence, key head and tile of the piece of work `pid`, which is the program that takes it unless they are DEALT.
 
     Pairs come in sections whose keys and values fit L2 together; within one, tiles of all pairs go from the longest
     to the shortest, so that the last ones to start are short. Packed: `pairs` are heads, and two tables tell the
     sequence of a tile and the first tile of a sequence.
     """
-    pid = tl.program_id(0)
     group, rest = pid // (tiles * section), pid % (tiles * section)
     width = tl.minimum(section, pairs - group * section)
     tile, pair = rest // width, group * section + rest % width
@@ -69,6 +71,14 @@ def schedule(tiles, pairs, section, tile_sequence, tile_first, G, FEATURES: tl.c
         n = tl.load(tile_sequence + tile).to(tl.int32)
         return n, pair, tile - tl.load(tile_first + n).to(tl.int32)
     return pair // G, pair % G, tile
+
+
+@triton.jit
+def dealt(turn):
+    """The piece of work that this program takes in its `turn`: there and back again, so that whoever had the longest
+    of one turn has the shortest of the next."""
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    return turn * programs + tl.where(turn % 2 == 0, first, programs - 1 - first)
 
 
 @triton.jit

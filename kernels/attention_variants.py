@@ -10,7 +10,7 @@ import torch
 from fusedseq.kernels import attention_backward, attention_bias, attention_far, attention_gradients
 from fusedseq.kernels import attention_mask as bits
 from fusedseq.kernels.aot import CAPABILITIES, Variant
-from fusedseq.kernels.attention_config import sums, tile
+from fusedseq.kernels.attention_config import sums, tile, tiled
 from fusedseq.kernels.attention_decode import attention_merge_kernel
 from fusedseq.kernels.attention_forward import attention_forward_kernel
 from fusedseq.kernels.runtime import TYPES
@@ -77,7 +77,7 @@ def _argument(name: str, dtype: torch.dtype, features: int, size: Any) -> Any:
 
 def _variant(
     kernel: str, what: str, features: int, width: int, dtype: torch.dtype, capability: int, everywhere: bool,
-    rows: int = 4096, size: Any = None,
+    rows: int = 4096, size: Any = None, tiles_of: tuple[int, int] | None = None,
 ) -> Variant:  # fmt: skip
     single = dtype == torch.float32
     if single:
@@ -86,7 +86,7 @@ def _variant(
         features |= bits.FOLDED.value
     bulk = what.endswith("-tma")
     features |= bits.TILED.value if bulk else 0
-    chosen = tile(kernel, width, dtype, divmod(capability, 10), features, rows)
+    chosen = tile(kernel, width, dtype, tiles_of or divmod(capability, 10), features, rows)
     descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {chosen.BN}, {width}]>" if bulk else None
     function = KERNELS[kernel]
     given: dict[str, Any] = {
@@ -115,9 +115,23 @@ def variants() -> Iterator[Variant]:
                 also = bits.BIAS.value if kernel == "dbias" else _GLOBAL if kernel == "far" else bits.DROPOUT.value
                 also |= bits.WITH_DK.value | bits.WITH_DV.value if kernel in ("dkv", "far") else 0
                 yield _variant(kernel, what, also, 16, torch.bfloat16, capability, False, size=size)
+    yield from _small()
     for width in (64, 256):
         yield from _rows(width, None)
     yield from _rows(16, 1)
+
+
+def _small() -> Iterator[Variant]:
+    """The tiles of GPUs with less shared memory, whose instructions are those of sm_80."""
+    for what, features in (("causal", _CAUSAL), ("many", _MANY)):
+        for kernel, also, name in (
+            ("dq", 0, ""),
+            ("dkv", bits.WITH_DK.value, "-dk"),
+            ("dkv", bits.WITH_DV.value, "-dv"),
+        ):
+            yield _variant(
+                kernel, f"{what}{name}-99KB", features | also, 256, torch.bfloat16, 80, False, tiles_of=(8, 9)
+            )  # fmt: skip
 
 
 def _each(width: int, dtype: torch.dtype, capability: int) -> Iterator[Variant]:
@@ -127,14 +141,19 @@ def _each(width: int, dtype: torch.dtype, capability: int) -> Iterator[Variant]:
     for what, features in kinds.items():
         main = what == "causal" and width < 256
         yield _variant("forward", what, features, width, dtype, capability, main)
-        if capability == 90 and dtype != torch.float32 and what not in ("packed", "global"):
-            # Key lengths have no descriptor.
-            yield _variant("forward", f"{what}-tma", features & ~bits.LENGTHS.value, width, dtype, capability, main)
+        lone = features & ~bits.LENGTHS.value  # key lengths have no descriptor
+        if tiled("forward", dtype, divmod(capability, 10), lone, 4096):
+            yield _variant("forward", f"{what}-tma", lone, width, dtype, capability, main)
+            if what == "causal":
+                dealt = lone | bits.DEALT.value
+                yield _variant("forward", f"{what}-dealt-tma", dealt, width, dtype, capability, False)
         if what in ("full", "packed"):
             continue
         # The backward pass never sees a sink: lse has it.
         features &= ~bits.SINKS.value
         yield _variant("dq", what, features, width, dtype, capability, main)
+        if tiled("dq", dtype, divmod(capability, 10), features, 4096):
+            yield _variant("dq", f"{what}-tma", features, width, dtype, capability, main)
         names = {3: "", 1: "-dk", 2: "-dv"}
         for which in sums(width):
             suffix = names[which // bits.WITH_DK.value]

@@ -8,20 +8,26 @@ from typing import Any
 import torch
 
 from fusedseq.kernels import pointwise, scan_backward, scan_forward
-from fusedseq.kernels.aot import Variant
+from fusedseq.kernels.aot import CAPABILITIES, Variant
 from fusedseq.kernels.runtime import TYPES
-from fusedseq.kernels.scan_plan import RESIDENT, STREAMED, plan
+from fusedseq.kernels.scan_plan import MANY, PROGRAMS, RESIDENT, RESIDENT_MANY, STREAMED, plan
 
 CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _SIZES = dict.fromkeys(("T", "B", "N", "H", "R", "time_stride", "batch_stride"), "i32")
+# What most calls bring: time first, everything a multiple of 16. Loads are then of 16 bytes, and run ahead.
+_ALIGNED = dict.fromkeys(("B", "N", "H", "R", "time_stride"), "i32:16") | {"batch_stride": 1}
 
 
-def _common(cell: str, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def _common(
+    cell: str, H: int, dtype: torch.dtype, B: int = 16, aligned: bool = False, capability: int = 90
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments that all kernels share, and the options of the compiler."""
-    p = plan(cell, H, H, 64, 2, dtype)
+    H = H if aligned else H - 1  # where it makes the plan another
+    p = plan(cell, H, H, B, 2, dtype, divmod(capability, 10))
     arguments: dict[str, Any] = {
-        **_SIZES, "CELL": cell, "BM": p.BM, "BN": p.BN, "BK": p.BK, "DOT": TYPES[dtype], "PRECISION": "ieee",
+        **_SIZES, **(_ALIGNED if aligned else {}), "CELL": cell, "BM": p.BM, "BN": p.BN, "BK": p.BK,
+        "DOT": TYPES[dtype], "PRECISION": "ieee",
         "lengths": "*i64", "starts": None, "resets": "*u8", "s": "i32",
     }  # fmt: skip
     return arguments, {"warps": p.warps, "stages": p.stages, "registers": p.registers}
@@ -81,27 +87,47 @@ def _edges() -> Iterator[Variant]:
                 yield Variant(name, kernel, arguments, dots=True, everywhere=False, **options)
 
 
+KERNELS = {
+    "resident": (scan_forward.resident_forward, scan_backward.resident_backward),
+    "streamed": (scan_forward.streamed_forward, scan_backward.streamed_backward),
+    "step": (scan_forward.step_forward, scan_backward.step_backward),
+}
+
+
 def _cell(cell: str, dtype: torch.dtype) -> Iterator[Variant]:
     half = dtype != torch.float32
-    kernels = {
-        "resident": (scan_forward.resident_forward, scan_backward.resident_backward),
-        "streamed": (scan_forward.streamed_forward, scan_backward.streamed_backward),
-        "step": (scan_forward.step_forward, scan_backward.step_backward),
-    }
     for kind, H in (("resident", RESIDENT[dtype]), ("streamed", STREAMED), ("step", 2 * STREAMED)):
+        # The largest of their kind, and the ones that multiply by what the architecture has.
+        largest = half and kind != "step" and cell in ("lstm", "gru_reset_before")
         common, options = _common(cell, H, dtype)
-        for projected in (False, True) if cell == "lstm" and kind != "resident" else (False,):
-            two = kind == "step" and (projected or cell == "gru_reset_before")
-            for phase in (0, 1) if two else (0,):
-                name = f"{cell}{'_projected' if projected else ''}-{kind}-{SHORT[dtype]}"
-                name += f"-phase{phase}" if two else ""
-                for make, kernel, direction in zip(
-                    (_forward, _backward), kernels[kind], ("forward", "backward"), strict=True
-                ):
-                    arguments = {**common, **make(cell, dtype, projected), "PHASE": phase}
-                    # The largest of their kind, and the ones that multiply by what the architecture has.
-                    largest = half and kind != "step" and cell in ("lstm", "gru_reset_before")
-                    yield Variant(f"{name}-{direction}", kernel, arguments, dots=half, everywhere=largest, **options)
+        yield from _passes(cell, kind, dtype, "", common, everywhere=largest, seldom=cell == "rnn_relu", **options)
+        common, options = _common(cell, H, dtype, aligned=True)
+        yield from _passes(cell, kind, dtype, "-aligned", common, everywhere=False, seldom=not largest, **options)
+    if not half:
+        return
+    for kind, H in (("resident", RESIDENT_MANY), ("streamed", STREAMED), ("step", 2 * STREAMED)):
+        for capability in CAPABILITIES:
+            B = PROGRAMS * MANY
+            if plan(cell, H, H, B, 2, dtype, divmod(capability, 10)).BM == MANY:
+                common, options = _common(cell, H, dtype, B, True, capability)
+                options |= {"everywhere": False, "seldom": cell == "rnn_relu", "capabilities": (capability,)}
+                yield from _passes(cell, kind, dtype, f"-{MANY}rows", common, **options)
+
+
+def _passes(
+    cell: str, kind: str, dtype: torch.dtype, what: str, common: dict[str, Any], **options: Any
+) -> Iterator[Variant]:
+    """Forward and backward; each phase of a step, and with a projection too where there may be one."""
+    for projected in (False, True) if cell == "lstm" and kind != "resident" else (False,):
+        two = kind == "step" and (projected or cell == "gru_reset_before")
+        for phase in (0, 1) if two else (0,):
+            name = f"{cell}{'_projected' if projected else ''}-{kind}-{SHORT[dtype]}{what}"
+            name += f"-phase{phase}" if two else ""
+            for make, kernel, direction in zip(
+                (_forward, _backward), KERNELS[kind], ("forward", "backward"), strict=True
+            ):
+                arguments = {**common, **make(cell, dtype, projected), "PHASE": phase}
+                yield Variant(f"{name}-{direction}", kernel, arguments, dots=dtype != torch.float32, **options)
 
 
 def _pointwise(cell: str, dtype: torch.dtype) -> Iterator[Variant]:

@@ -69,6 +69,20 @@ def test_products_are_where_they_were(compiled: dict[str, Any], architecture: st
         assert cores == wanted, f"{name} multiplies with {cores or 'no tensor core'}, recorded: {wanted or 'none'}"
 
 
+def test_attention_fits_where_shared_memory_is_less() -> None:
+    rows = RECORDED["sm_80"]
+    small = {name: shared for name, (_, _, shared, _) in rows.items() if name.endswith("-99KB")}
+    assert len(small) == 6
+    for name, (_, _, shared, _) in rows.items():
+        assert small.get(f"{name}-99KB", shared) <= 99 * 1024, name
+
+
+def test_scans_of_many_rows_reach_wgmma() -> None:
+    rows = {name: row for name, row in RECORDED["sm_90"].items() if "-64rows" in name}
+    assert {name.split("-")[1] for name in rows} == {"resident", "streamed", "step"}
+    assert {row[3] for row in rows.values()} == {"wgmma"}
+
+
 @pytest.mark.parametrize("architecture", SHARED)
 def test_registers_are_those_on_record(compiled: dict[str, Any], architecture: str) -> None:
     if compiled["triton"] != RECORDED["triton"]:

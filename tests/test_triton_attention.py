@@ -5,6 +5,7 @@ Without a GPU the kernels are interpreted, so the calls are small.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -244,28 +245,34 @@ def test_tiles_of_every_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.width_of(1), config.width_of(80), config.width_of(256)) == (16, 128, 256)
 
 
-def test_tuning_takes_the_fastest_once_and_skips_what_does_not_fit() -> None:
-    from triton.runtime.errors import OutOfResources
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one, where Triton launches what it is given."""
+    from fusedseq.backends import triton_attention as module
 
-    from fusedseq.kernels.attention_config import Tile, neighbours, tuned
+    entered: list[torch.device] = []
+    launched: list[str] = []
 
-    shipped = Tile(64, 64, 8, 2)
-    tried = neighbours(shipped)
-    assert tried[0] == shipped and len(set(tried)) == len(tried)
-    launched: list[Tile] = []
+    @contextlib.contextmanager
+    def guard(x: Tensor) -> Any:
+        entered.append(x.device)
+        yield
+        entered.pop()
 
-    def launch(one: Tile) -> None:
-        launched.append(one)
-        if one.stages == 3:
-            raise OutOfResources(1, 0, "shared memory")
+    class Watched:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
 
-    def time(call: Any) -> float:
-        call()
-        return 1.0 if launched[-1].BN == 32 else 2.0
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(self.name)
+            assert [device.type for device in entered] == [DEVICE], f"{self.name} without the guard"
+            return self.kernel[grid]
 
-    key = ("test", shipped)
-    assert tuned(key, shipped, launch, time) == shipped._replace(BN=32)
-    assert launched == tried
-    assert tuned(key, shipped, launch, time) == shipped._replace(BN=32) and launched == tried
-    with pytest.raises(OutOfResources):
-        tuned(("too large", shipped), shipped._replace(stages=3), launch, time)
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
+    monkeypatch.setattr(module, "on_device", guard)
+    # Few rows and many keys, in parts and with a bias; then global keys, whose dk and dv take a kernel of their own.
+    run_everything = (("B1H1L3S520E16-bias", torch.float32), ("B1H2L20S70E16-left9-global", torch.float32))
+    for text, dtype in run_everything:
+        evaluate_attention(run, make_attention(AttentionCase(text), dtype, DEVICE))
+    assert set(launched) == set(names) and not entered

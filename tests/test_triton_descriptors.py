@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedseq import registry, use_backend
 from fusedseq.ops.attention import run
 from fusedseq.testing.attention_cases import AttentionCase, make_attention
-from fusedseq.testing.attention_compare import check_attention
+from fusedseq.testing.attention_compare import evaluate_attention
 
 if (reason := registry.backends()["triton"].missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -40,29 +40,51 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.mark.skipif(not NEW, reason="this GPU has no descriptors")
 @pytest.mark.parametrize(
-    ("text", "dtype"),
+    ("text", "dtype", "backward"),
     [
-        ("B2H4K2L70S140E40V72-causal-blhe", torch.bfloat16),  # heads narrower than tiles, keys that end within one
-        ("B1H2L70S200E16-left30-right10-sinks-lse", torch.float16),
-        ("B2H2L40S130E24-causal-dropout-softcap", torch.bfloat16),
-        ("B2H1L33S1E8-biasS", torch.float16),
+        # heads narrower than tiles, keys that end within one
+        ("B2H4K2L70S140E40V72-causal-blhe", torch.bfloat16, True),
+        ("B1H2L70S200E16-left30-right10-sinks-lse", torch.float16, True),
+        ("B2H2L40S130E24-causal-dropout-softcap", torch.bfloat16, False),
+        ("B2H1L33S1E8-biasS", torch.float16, False),
     ],
 )
 def test_the_same_as_through_pointers(
-    text: str, dtype: torch.dtype, taken: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    text: str, dtype: torch.dtype, backward: bool, taken: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_attention(AttentionCase(text), dtype, DEVICE)
     with use_backend("triton"):
-        check_attention(run, AttentionCase(text), dtype, device=DEVICE)
-        assert len(taken) == 2
-        tiled = run(inputs.problem)
+        tiled = evaluate_attention(run, inputs)  # the parity matrix compares such calls with the specification
+        assert len(taken) == (4 if backward else 2)
         monkeypatch.setattr(triton_attention, "tiled", lambda *args: False)
         taken.clear()
-        plain = run(inputs.problem)
+        plain = evaluate_attention(run, inputs)
     assert not taken
-    for got, want in zip(tiled, plain, strict=True):
+    for name, want in plain.items():
         # On a GPU tiles may differ in size, and sums then in order.
-        torch.testing.assert_close(got, want, rtol=0 if DEVICE == "cpu" else 1e-2, atol=0 if DEVICE == "cpu" else 1e-2)
+        near = 0 if DEVICE == "cpu" else 1e-2
+        torch.testing.assert_close(tiled[name], want, rtol=near, atol=near)
+
+
+@pytest.mark.skipif(not NEW, reason="this GPU has no descriptors")
+@pytest.mark.parametrize("text", ["B1H3L130S130E16-causal", "B1H4K2L70S130E24-left40-causal", "B3H1L40S40E8-causal"])
+def test_the_same_where_programs_are_dealt_their_tiles(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than programs, and fewer; all of one turn, and a part of the last."""
+    inputs = make_attention(AttentionCase(text), torch.bfloat16, DEVICE)
+    ran: list[bool] = []
+
+    def dealt(key: Any, shipped: config.Tile, others: Any, launch: Any, x: Tensor) -> config.Tile:
+        found = [one for one in others() if one.dealt]
+        ran.append(bool(found))
+        return found[0] if found else shipped
+
+    with use_backend("triton"):
+        want = run(inputs.problem)
+        monkeypatch.setattr(triton_attention, "choose", dealt)
+        got = run(inputs.problem)
+    assert ran == [True]
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +111,16 @@ def test_what_a_descriptor_can_hold() -> None:
 
 def test_the_choice() -> None:
     half, new = torch.bfloat16, (9, 0)
-    assert config.tiled(half, new, bits.CAUSAL.value | bits.DROPOUT.value, 1000)
-    assert not config.tiled(half, (8, 0), 0, 1000)
-    assert not config.tiled(half, (12, 0), 0, 1000)
-    assert not config.tiled(torch.float32, new, 0, 1000)
-    assert not config.tiled(half, new, 0, 8)
-    for bit in (bits.LENGTHS, bits.PACKED, bits.GLOBAL, bits.SPLIT, bits.DENSE):
-        assert not config.tiled(half, new, bit.value, 1000)
+    assert config.tiled("forward", half, new, bits.CAUSAL.value | bits.DROPOUT.value, 1000)
+    assert config.tiled("dq", half, new, bits.CAUSAL.value, 1000)
+    assert not config.tiled("dq", half, new, bits.CAUSAL.value | bits.DROPOUT.value, 1000)
+    for kernel in ("forward", "dq"):
+        assert not config.tiled(kernel, half, (8, 0), 0, 1000)
+        assert not config.tiled(kernel, half, (12, 0), 0, 1000)
+        assert not config.tiled(kernel, torch.float32, new, 0, 1000)
+        assert not config.tiled(kernel, half, new, 0, 8)
+        for bit in (bits.LENGTHS, bits.PACKED, bits.GLOBAL, bits.SPLIT, bits.DENSE):
+            assert not config.tiled(kernel, half, new, bit.value, 1000)
 
 
 def test_tiles_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedseq import config
 from fusedseq.backends.tensors import listed
+from fusedseq.backends.triton_device import capability, multiprocessors, on_device
 from fusedseq.backends.triton_strides import broadcast, dense, describable, describe, like, strides
+from fusedseq.backends.triton_tuning import choose
 from fusedseq.kernels import attention_mask as bits
 from fusedseq.kernels.attention_backward import attention_dkv_kernel, attention_dq_kernel
 from fusedseq.kernels.attention_bias import attention_dbias_kernel
-from fusedseq.kernels.attention_config import Tile, sums, tile, tiled, tuned, width_of
+from fusedseq.kernels.attention_config import Tile, neighbours, sums, tile, tiled, width_of
 from fusedseq.kernels.attention_decode import attention_merge_kernel
 from fusedseq.kernels.attention_far import attention_far_kernel
 from fusedseq.kernels.attention_forward import attention_forward_kernel
@@ -132,19 +133,26 @@ class _Call:
         held = self.S * (self.E + self.Ev) * self.q.element_size()
         return max(1, min(self.pairs(), L2_BYTES // max(held, 1)))
 
-    def capability(self) -> tuple[int, int]:
-        return torch.cuda.get_device_capability(self.q.device) if self.q.is_cuda else (9, 0)
+    def tiled(self, kernel: str, features: int) -> int:
+        """The feature of keys and values that come through descriptors, where the kernel and their layout let them."""
+        taken = tiled(kernel, self.q.dtype, capability(self.q), features, self.L * self.G)
+        return bits.TILED.value if taken and describable(self.k) and describable(self.v) else 0
+
+    def descriptors(self, features: int, BN: int) -> tuple[Any, Any]:
+        """Of keys and values, in tiles of BN."""
+        if not features & bits.TILED.value:
+            return None, None
+        return describe(self.k, BN, self.BE), describe(self.v, BN, self.BV)
 
     def launch(self, kernel: str, features: int, run: Callable[[Tile], None], again: bool = True) -> None:
         """Run a kernel on the tile that is shipped for it, or, if asked for and if it may run `again`, the fastest."""
-        width, dtype, capability = max(self.BE, self.BV), self.q.dtype, self.capability()
-        chosen = tile(kernel, width, dtype, capability, features, self.L * self.G)
-        if config.settings.autotune and again and self.q.is_cuda:
-            from triton.testing import do_bench
-
+        width, dtype = max(self.BE, self.BV), self.q.dtype
+        chosen = shipped = tile(kernel, width, dtype, capability(self.q), features, self.L * self.G)
+        if again:
             # Without the batch, which must not change a result.
             sizes = (self.G, self.L.bit_length(), self.S.bit_length(), self.BE, self.BV)
-            chosen = tuned((kernel, features, dtype, capability, *sizes), chosen, run, do_bench)
+            key = (kernel, features, dtype, dot_precision(dtype), *sizes)
+            chosen = choose(key, shipped, lambda: neighbours(shipped, kernel, features), run, self.q)
         run(chosen)
 
 
@@ -157,19 +165,20 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
         lse.copy_(lse.new_tensor(float("-inf")) if call.sinks is None else call.sinks.view(1, -1, 1))
     if lse.numel() == 0:
         return out, lse
-    parts, size = _parts(call)
-    if parts == 1:
-        _forward(call, out, lse, None, 1, call.S)
+    with on_device(p.q):
+        parts, size = _parts(call)
+        if parts == 1:
+            _forward(call, out, lse, None, 1, call.S)
+            return out, lse
+        held = p.q.new_empty((parts, *p.q.shape[:3], call.Ev), dtype=torch.float32)
+        tops, totals = (p.q.new_empty((parts, *p.q.shape[:3]), dtype=torch.float32) for _ in range(2))
+        _forward(call, held, tops, totals, parts, size)
+        rows = lse.numel()
+        attention_merge_kernel[(rows,)](
+            held, tops, totals, out, lse, call.sinks, *strides(out), rows, call.Hq, call.L, call.Ev, call.keep_scale,
+            parts, call.features, call.BV, num_warps=1,
+        )  # fmt: skip
         return out, lse
-    held = p.q.new_empty((parts, *p.q.shape[:3], call.Ev), dtype=torch.float32)
-    tops, totals = (p.q.new_empty((parts, *p.q.shape[:3]), dtype=torch.float32) for _ in range(2))
-    _forward(call, held, tops, totals, parts, size)
-    rows = lse.numel()
-    attention_merge_kernel[(rows,)](
-        held, tops, totals, out, lse, call.sinks, *strides(out), rows, call.Hq, call.L, call.Ev, call.keep_scale,
-        parts, call.features, call.BV, num_warps=1,
-    )  # fmt: skip
-    return out, lse
 
 
 def _parts(call: _Call) -> tuple[int, int]:
@@ -186,27 +195,23 @@ def _parts(call: _Call) -> tuple[int, int]:
 def _forward(call: _Call, out: Tensor, lse: Tensor, totals: Tensor | None, parts: int, size: int) -> None:
     p, features = call.p, call.features | (bits.SPLIT.value if totals is not None else 0)
     pairs = call.pairs()
-    if tiled(call.q.dtype, call.capability(), features, call.L * call.G):
-        features |= bits.TILED.value if describable(call.k) and describable(call.v) else 0
+    features |= call.tiled("forward", features)
 
     def run(chosen: Tile) -> None:
         tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
         if tiles == 0:
             return
-        key_descriptor = value_descriptor = None
-        if features & bits.TILED.value:
-            key_descriptor, value_descriptor = (
-                describe(call.k, chosen.BN, call.BE),
-                describe(call.v, chosen.BN, call.BV),
-            )
-        attention_forward_kernel[(tiles * pairs, parts)](
+        programs = min(tiles * pairs, multiprocessors(call.q)) if chosen.dealt else tiles * pairs
+        attention_forward_kernel[(programs, parts)](
             call.q, call.k, call.v, out, lse, totals, call.bias, call.dense, call.slopes, call.sinks, *call.places(),
-            tile_sequence, tile_first, call.seed, key_descriptor, value_descriptor, *strides(call.q), *strides(call.k),
-            *strides(call.v), *strides(out[0] if totals is not None else out), *broadcast(call.bias),
+            tile_sequence, tile_first, call.seed, *call.descriptors(features, chosen.BN),
+            *strides(call.q), *strides(call.k), *strides(call.v),
+            *strides(out[0] if totals is not None else out), *broadcast(call.bias),
             *broadcast(call.dense),
             *call.far_strides(), call.B, call.Hq, call.G, call.L, call.S, call.E, call.Ev, call.left, call.right,
             call.scale, p.softcap, call.limit, call.keep_scale, tiles, pairs, call.section(), size,
-            features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(p.q.dtype), dot_precision(p.q.dtype),
+            features | (bits.DEALT.value if chosen.dealt else 0), chosen.BM, chosen.BN, call.BE, call.BV,
+            dot_type(p.q.dtype), dot_precision(p.q.dtype),
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
 
@@ -245,9 +250,9 @@ class _Backward:
             call.p.softcap, call.limit, call.keep_scale,
         )  # fmt: skip
 
-    def constants(self, chosen: Tile, also: int = 0) -> tuple[Any, ...]:
+    def constants(self, chosen: Tile, features: int) -> tuple[Any, ...]:
         call, dtype = self.call, self.call.q.dtype
-        return call.features | also, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(dtype), dot_precision(dtype)
+        return features, chosen.BM, chosen.BN, call.BE, call.BV, dot_type(dtype), dot_precision(dtype)
 
     def queries(self) -> tuple[Tensor, Tensor | None]:
         """dq, and the gradient of the slopes."""
@@ -257,6 +262,7 @@ class _Backward:
         if p.cu_q is not None:  # rows behind the last sequence are not visited
             dq.zero_()
         pairs = call.pairs()
+        features = call.features | call.tiled("dq", call.features)
 
         def run(chosen: Tile) -> None:
             tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
@@ -264,11 +270,12 @@ class _Backward:
                 return
             attention_dq_kernel[(tiles * pairs,)](
                 *self.sources(), dq, slopes, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
-                *self.strides(), *strides(dq), *self.table_strides(), *call.far_strides(), *self.sizes(), tiles,
-                pairs, call.section(), *self.constants(chosen), num_warps=chosen.warps, num_stages=chosen.stages,
+                *call.descriptors(features, chosen.BN), *self.strides(), *strides(dq),
+                *self.table_strides(), *call.far_strides(), *self.sizes(), tiles, pairs, call.section(),
+                *self.constants(chosen, features), num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
-        call.launch("dq", call.features, run)
+        call.launch("dq", features, run)
         return dq, None if slopes is None else -slopes.sum((0, 2))
 
     def keys(self) -> tuple[Tensor, Tensor]:
@@ -286,24 +293,24 @@ class _Backward:
                   *self.sizes())  # fmt: skip
         for which in sums(max(call.BE, call.BV)):
 
-            def near(chosen: Tile, which: int = which) -> None:
+            def near(chosen: Tile, features: int = call.features | which) -> None:
                 tiles, tile_sequence, tile_first = call.tiles(p.cu_k, 1, call.S, chosen.BN)
                 if tiles == 0:
                     return
                 attention_dkv_kernel[(tiles * pairs,)](
                     *self.sources(), dk, dv, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
-                    *shared, tiles, pairs, call.section(), *self.constants(chosen, which), num_warps=chosen.warps,
-                    num_stages=chosen.stages,
+                    *shared, tiles, pairs, call.section(), *self.constants(chosen, features),
+                    num_warps=chosen.warps, num_stages=chosen.stages,
                 )  # fmt: skip
 
-            def far(chosen: Tile, which: int = which) -> None:
+            def far(chosen: Tile, features: int = call.features | which) -> None:
                 sequences = call.B if p.cu_k is None else p.cu_k.shape[0] - 1
                 tiles = min(FAR_TILES, -(-call.S // chosen.BN))
                 if sequences == 0:
                     return
                 attention_far_kernel[(sequences * call.Hkv * tiles,)](
                     *self.sources(), dk, dv, *self.tables(), *call.places(), call.seed, *shared, tiles,
-                    *self.constants(chosen, which), num_warps=chosen.warps, num_stages=chosen.stages,
+                    *self.constants(chosen, features), num_warps=chosen.warps, num_stages=chosen.stages,
                 )  # fmt: skip
 
             call.launch("dkv", call.features | which, near)
@@ -324,17 +331,17 @@ class _Backward:
         sizes = self.sizes()
 
         def run(chosen: Tile) -> None:
-            row_tiles, key_descriptor = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
+            row_tiles, key_tiles = -(-call.L // chosen.BM), -(-call.S // chosen.BN)
             jobs = 1
-            for summed, number in zip(over, (call.B, call.Hq, row_tiles, key_descriptor), strict=True):
+            for summed, number in zip(over, (call.B, call.Hq, row_tiles, key_tiles), strict=True):
                 jobs *= 1 if summed else number
             if jobs == 0:
                 return
             attention_dbias_kernel[(jobs,)](
                 *self.sources(), dbias, *self.tables(), p.key_lengths, p.cu_q, p.cu_k, table, call.ranks, call.seed,
                 *self.strides(), *self.table_strides(), stride, call.far_strides()[1], sequences, *sizes[:9],
-                *sizes[10:], row_tiles, key_descriptor, *over, *self.constants(chosen), num_warps=chosen.warps,
-                num_stages=chosen.stages,
+                *sizes[10:], row_tiles, key_tiles, *over, *self.constants(chosen, call.features),
+                num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
         call.launch("dbias", call.features, run)
@@ -363,16 +370,17 @@ def attention_backward(
     out, lse = dense(out), lse.contiguous()
     dout = torch.zeros_like(out) if dout is None else dense(dout.to(out.dtype))
     dlse = None if dlse is None else dlse.float().contiguous()
-    work = _Backward(call, out, lse, dout, dlse)
     dq = dk = dv = dbias = dalibi = dsinks = None
-    if needs[0] or needs[4]:
-        dq, dalibi = work.queries()
-    if needs[1] or needs[2]:
-        dk, dv = work.keys()
-    if needs[3] and p.bias is not None:
-        dbias = work.bias()
-    if needs[5] and p.sinks is not None:
-        dsinks = work.sinks(lse)
+    with on_device(p.q):
+        work = _Backward(call, out, lse, dout, dlse)
+        if needs[0] or needs[4]:
+            dq, dalibi = work.queries()
+        if needs[1] or needs[2]:
+            dk, dv = work.keys()
+        if needs[3] and p.bias is not None:
+            dbias = work.bias()
+        if needs[5] and p.sinks is not None:
+            dsinks = work.sinks(lse)
     grads = (dq, dk, dv, dbias, dalibi, dsinks)
     return tuple(
         g.to(t.dtype) if need and g is not None and t is not None else None

@@ -1,7 +1,8 @@
 """One step of a cell: the products by torch, all that is pointwise by one kernel; part of the backend `triton`.
 
 `pointwise_forward` and `pointwise_backward` are the kernels with their launch: from pre-activations of the gates, in
-any strides, to the states and back.
+any strides, to the states and back. A whole cell with its recurrent product in the same kernel is a scan of one step
+(`triton_scan.cell_forward`), which `FUSEDSEQ_AUTOTUNE=1` tries beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fusedseq.backends import triton_scan as scans
 from fusedseq.backends.reference import as_told
+from fusedseq.backends.triton_device import on_device
+from fusedseq.backends.triton_tuning import Block, choose
 from fusedseq.kernels import pointwise
 
 # Values saved of each unit, and columns of the gradient of the pre-activations.
@@ -37,15 +40,14 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
     return (0, 1) if t is None else (t.stride(0), t.stride(1))
 
 
-def _tile(H: int) -> tuple[int, int]:
-    """Rows and units of a tile."""
+def _block(H: int) -> Block:
+    """The tile that ships."""
     BN = min(512, max(32, 1 << (H - 1).bit_length()))
-    return _TILE // BN, BN
+    return Block(_TILE // BN, BN)
 
 
-def _grid(B: int, H: int) -> tuple[int, int]:
-    BM, BN = _tile(H)
-    return -(-B // BM), -(-H // BN)
+def _grid(B: int, H: int, block: Block) -> tuple[int, int]:
+    return -(-B // block.BM), -(-H // block.BN)
 
 
 def pointwise_forward(
@@ -60,23 +62,23 @@ def pointwise_forward(
     kept = gx.new_empty((B, KEPT[cell] * H), dtype=torch.float32) if (save or before) and KEPT[cell] else None
     if B == 0:
         return h_new, c_new, kept if save else None
-    BM, BN = _tile(H)
     h = step.h if cell.startswith("gru") else None
     c = step.c if cell == "lstm" else None
 
-    def launch(gh: Tensor | None, out: Tensor, phase: int) -> None:
-        pointwise.forward[_grid(B, H)](
+    def launch(block: Block, gh: Tensor | None, out: Tensor, phase: int) -> None:
+        pointwise.forward[_grid(B, H, block)](
             gx, gh, step.b_ih, step.b_hh, h, c, out, c_new, kept, B, H, *_strides(gx), *_strides(gh), *_strides(h),
-            *_strides(c), CELL=cell, PHASE=phase, BM=BM, BN=BN,
+            *_strides(c), CELL=cell, PHASE=phase, BM=block.BM, BN=block.BN, num_warps=block.warps,
         )  # fmt: skip
 
+    out = torch.empty_like(h_new) if before else h_new
+    shipped, there = _block(H), tuple(t is not None for t in (step.gh, step.b_ih, h, c, kept))
+    key = ("pointwise", "forward", cell, H, gx.dtype, dtype, there)
+    block = choose(key, shipped, shipped.others, lambda block: launch(block, step.gh, out, 0), gx)
+    launch(block, step.gh, out, 0)
     if before:
-        reset = torch.empty_like(h_new)
-        launch(step.gh, reset, 0)
         assert w_hn is not None
-        launch(None if h is None else scans.product(reset, w_hn), h_new, 1)
-    else:
-        launch(step.gh, h_new, 0)
+        launch(block, None if h is None else scans.product(out, w_hn), h_new, 1)
     return h_new, c_new, kept if save else None
 
 
@@ -96,21 +98,24 @@ def pointwise_backward(
     dc_past = h_new.new_empty((B, H), dtype=dtype) if cell == "lstm" else None
     if B == 0:
         return dg, dh_past, dc_past
-    BM, BN = _tile(H)
     y = h_new if cell.startswith("rnn") else None
     h = step.h if cell.startswith("gru") else None
     c = step.c if cell == "lstm" else None
 
-    def launch(up: Tensor | None, phase: int) -> None:
-        pointwise.backward[_grid(B, H)](
+    def launch(block: Block, up: Tensor | None, phase: int) -> None:
+        pointwise.backward[_grid(B, H, block)](
             kept, y, h, c, up, dc, dg, dh_past, dc_past, B, H, *_strides(y), *_strides(h), *_strides(c), *_strides(up),
-            *_strides(dc), CELL=cell, PHASE=phase, BM=BM, BN=BN,
+            *_strides(dc), CELL=cell, PHASE=phase, BM=block.BM, BN=block.BN, num_warps=block.warps,
         )  # fmt: skip
 
-    launch(dh, 0)
+    shipped, there = _block(H), tuple(t is not None for t in (h, c, dh, dc))
+    key = ("pointwise", "backward", cell, H, dtype, there)
+    # The second phase adds to what it writes, and so cannot be tried twice: it takes the tile of the first.
+    block = choose(key, shipped, shipped.others, lambda block: launch(block, dh, 0), h_new)
+    launch(block, dh, 0)
     if cell == "gru_reset_before":
         assert w_hn is not None
-        launch(scans.product(dg[:, 2 * H :], w_hn.t()), 1)
+        launch(block, scans.product(dg[:, 2 * H :], w_hn.t()), 1)
     return dg, dh_past, dc_past
 
 
@@ -123,8 +128,20 @@ def cell_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if len(weights) in (3, 5):  # a projection makes another product of what this kernel would end with
         return scans.cell_forward(cell, x, h, c, weights, save)
+
+    def run(way: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return (scans.cell_forward if way == "fused" else _products_forward)(cell, x, h, c, weights, save)
+
+    key = ("cell", cell, x.dtype, *weights[0].shape, bool(save), h is None, len(weights))
+    with on_device(x):
+        return run(choose(key, "products", lambda: ["fused"], run, x))
+
+
+def _products_forward(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], save: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     (w,) = scans.directions(weights, 1)
-    with as_told(x), scans.on_device(x):
+    with as_told(x):
         rows = w.w_hh[: 2 * w.w_hh.shape[1]] if cell == "gru_reset_before" else w.w_hh
         gh = None if h is None else scans.product(h, rows)
         step = Step(cell, scans.product(x, w.w_ih), gh, w.b_ih, w.b_hh, h, c)
@@ -152,7 +169,7 @@ def cell_backward(
         return scans.cell_backward(cell, dh, dc, x, h, c, weights, h_new, reserve, need_dx, need_dw)
     table = scans.directions(weights, 1)
     w, H = table[0], h_new.shape[1]
-    with as_told(x), scans.on_device(x):
+    with as_told(x), on_device(x):
         before = (x.new_zeros(h_new.shape) if h is None else h).unsqueeze(0)
         if cell == "rnn_tanh" and x.dtype != torch.float32:
             h_new = scans.gates_again(cell, x, before, table, reserve)[0]

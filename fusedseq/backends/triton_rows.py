@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fusedseq.backends.triton_device import on_device
 from fusedseq.backends.triton_dropout import dropout_arguments
-from fusedseq.backends.triton_scan import on_device
+from fusedseq.backends.triton_tuning import Block, choose
 from fusedseq.kernels import bias_activation as bias_activation_kernels
 from fusedseq.kernels import layer_norm as layer_norm_kernels
 from fusedseq.reference import bias_activation, layer_norm
@@ -42,9 +43,10 @@ def _columns(d: int) -> int:
     return max(64, 1 << (d - 1).bit_length())
 
 
-def _warps(BN: int) -> int:
-    """Of a program that holds whole rows."""
-    return max(4, min(32, BN // 256))
+def _block(d: int, most: int | None = None) -> Block:
+    """The tile that ships for rows of d elements, whole or in pieces of up to `most`."""
+    BN = _columns(d) if most is None else min(_columns(d), most)
+    return Block(max(1, min(16, _TILE // BN)), BN, max(4, min(32, BN // 256)) if most is None else 4)
 
 
 def _shares(rows: int, BM: int) -> tuple[int, int]:
@@ -59,6 +61,10 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return (x.numel() // d if d else 0), d
 
 
+def _there(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(t is not None for t in tensors)
+
+
 def _added(shares: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if shares is None else shares.sum(0).to(dtype)
 
@@ -71,13 +77,17 @@ def layer_norm_forward(p: layer_norm.Problem) -> tuple[Tensor, Tensor | None]:
     if rows == 0:
         return out, total
     seed, limit, scale = dropout_arguments(p.dropout_p, p.seed, x.device)
-    BN = _columns(d)
-    BM = max(1, min(16, _TILE // BN))
-    with on_device(x):
-        layer_norm_kernels.forward[(-(-rows // BM),)](
-            x, residual, weight, bias, seed, out, total, rows, d, p.eps, limit, scale, BM=BM, BN=BN,
-            num_warps=_warps(BN),
+
+    def run(block: Block) -> None:
+        layer_norm_kernels.forward[(-(-rows // block.BM),)](
+            x, residual, weight, bias, seed, out, total, rows, d, p.eps, limit, scale, BM=block.BM, BN=block.BN,
+            num_warps=block.warps,
         )  # fmt: skip
+
+    with on_device(x):
+        shipped = _block(d)
+        key = ("layer_norm", "forward", x.dtype, d, *_there(residual, weight, bias, seed, total))
+        run(choose(key, shipped, lambda: shipped.others(whole=True), run, x))
     return out, total
 
 
@@ -95,15 +105,20 @@ def layer_norm_backward(
         dweight, dbias = (x.new_zeros((1, d), dtype=torch.float32) if need else None for need in needs[2:])
     else:
         seed, limit, scale = dropout_arguments(p.dropout_p, p.seed, x.device)
-        BN = _columns(d)
-        BM = max(1, min(16, _TILE // BN))
-        programs, each = _shares(rows, BM)
-        dweight, dbias = (x.new_empty((programs, d), dtype=torch.float32) if need else None for need in needs[2:])
-        with on_device(x):
+
+        def run(block: Block) -> list[Tensor | None]:
+            programs, each = _shares(rows, block.BM)
+            sums = [x.new_empty((programs, d), dtype=torch.float32) if need else None for need in needs[2:]]
             layer_norm_kernels.backward[(programs,)](
-                x, residual, weight, seed, dout, dtotal, dx, dresidual, dweight, dbias, rows, d, p.eps, limit, scale,
-                each, BM=BM, BN=BN, num_warps=_warps(BN),
+                x, residual, weight, seed, dout, dtotal, dx, dresidual, *sums, rows, d, p.eps, limit, scale, each,
+                BM=block.BM, BN=block.BN, num_warps=block.warps,
             )  # fmt: skip
+            return sums
+
+        with on_device(x):
+            shipped = _block(d)
+            key = ("layer_norm", "backward", x.dtype, d, *needs, *_there(residual, weight, seed, dout, dtotal))
+            dweight, dbias = run(choose(key, shipped, lambda: shipped.others(whole=True), run, x))
     return (
         dx if needs[0] else None,
         (dresidual if p.dropout_p else dx) if needs[1] else None,
@@ -121,12 +136,19 @@ def bias_activation_forward(p: bias_activation.Problem, out: Tensor | None = Non
     if rows == 0:
         return (out,)
     seed, limit, scale = dropout_arguments(p.dropout_p, p.seed, x.device)
-    BN = min(_columns(d), 512)
-    BM = max(1, min(16, _TILE // BN))
+
+    def run(block: Block, out: Tensor) -> None:
+        bias_activation_kernels.forward[(-(-rows // block.BM), -(-d // block.BN))](
+            x, bias, residual, seed, out, rows, d, limit, scale, NAME=p.activation, BM=block.BM, BN=block.BN,
+            num_warps=block.warps,
+        )  # fmt: skip
+
     with on_device(x):
-        bias_activation_kernels.forward[(-(-rows // BM), -(-d // BN))](
-            x, bias, residual, seed, out, rows, d, limit, scale, NAME=p.activation, BM=BM, BN=BN
-        )
+        shipped = _block(d, 512)
+        key = ("bias_activation", "forward", p.activation, x.dtype, d, *_there(bias, residual, seed))
+        # `out` may be x, which a trial must leave as it is.
+        block = choose(key, shipped, shipped.others, lambda block: run(block, torch.empty_like(x)), x)
+        run(block, out)
     return (out,)
 
 
@@ -142,12 +164,18 @@ def bias_activation_backward(
         dbias = x.new_zeros((1, d), dtype=torch.float32) if needs[1] else None
     elif needs[0] or needs[1]:
         seed, limit, scale = dropout_arguments(p.dropout_p, p.seed, x.device)
-        BN = min(_columns(d), 512)
-        BM = max(1, min(16, _TILE // BN))
-        programs, each = _shares(rows, BM)
-        dbias = x.new_empty((programs, d), dtype=torch.float32) if needs[1] else None
+
+        def run(block: Block) -> Tensor | None:
+            programs, each = _shares(rows, block.BM)
+            sums = x.new_empty((programs, d), dtype=torch.float32) if needs[1] else None
+            bias_activation_kernels.backward[(programs, -(-d // block.BN))](
+                x, bias, seed, dout, dx, sums, rows, d, limit, scale, each, NAME=p.activation, BM=block.BM,
+                BN=block.BN, num_warps=block.warps,
+            )  # fmt: skip
+            return sums
+
         with on_device(x):
-            bias_activation_kernels.backward[(programs, -(-d // BN))](
-                x, bias, seed, dout, dx, dbias, rows, d, limit, scale, each, NAME=p.activation, BM=BM, BN=BN
-            )
+            shipped = _block(d, 512)
+            key = ("bias_activation", "backward", p.activation, x.dtype, d, *needs, *_there(bias, seed))
+            dbias = run(choose(key, shipped, shipped.others, run, x))
     return dx, _added(dbias, x.dtype), dout if needs[2] else None

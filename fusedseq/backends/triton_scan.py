@@ -6,8 +6,7 @@ for the backward pass, are float32.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor
 
 from fusedseq.backends.one_step import cells
 from fusedseq.backends.reference import as_told, reserve_like
+from fusedseq.backends.triton_device import capability, on_device
 from fusedseq.backends.triton_layout import Layout
+from fusedseq.backends.triton_tuning import choose
 from fusedseq.kernels import scan_backward as backward_kernels
 from fusedseq.kernels import scan_forward as forward_kernels
 from fusedseq.kernels.runtime import INTERPRETING, dot_precision, dot_type
-from fusedseq.kernels.scan_plan import Plan, plan
+from fusedseq.kernels.scan_plan import Plan, others, plan, takes_many
 
 if TYPE_CHECKING:
     from fusedseq.registry import ScanCall
@@ -68,11 +69,6 @@ def _pair(table: list[_Weights], field: str) -> tuple[Tensor | None, Tensor | No
     return getattr(table[0], field), getattr(table[-1], field)
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """float32, and the caller's to write to."""
     if state is None:
@@ -112,6 +108,19 @@ def _constants(p: Plan, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _chosen(
+    what: tuple[object, ...], cell: str, w: _Weights, D: int, lay: Layout, x: Tensor, run: Callable[[Plan], object]
+) -> Plan:
+    """The plan that ships for a scan, or, if asked for, the fastest."""
+    H, R = w.w_hh.shape[0] // GATES[cell], w.w_hh.shape[1]
+    shipped = plan(cell, H, R, lay.B, D, x.dtype, capability(x))
+    # Of the batch only whether it fills a tile of many rows.
+    many = takes_many(H, R, lay.B, x.dtype)
+    has = tuple(t is not None for t in (w.b_ih, w.w_hr, *lay.data()))
+    key = ("scan", *what, cell, H, R, D, lay.T > 1, x.dtype, dot_precision(x.dtype), many, has)
+    return choose(key, shipped, lambda: others(shipped, H, R, many, x.dtype), run, x)
+
+
 def scan_forward(
     cell: str,
     x: Tensor,
@@ -141,24 +150,26 @@ def scan_forward(
         reserve = reserve_like(cell, x, weights, bidirectional, save)
         if lengths is not None:
             reserve.zero_()
-    c = _state(c0, (D, B, H), x) if cell == "lstm" else None
     if N == 0:
         h_n = _state(h0, (D, B, R), x)
+        c = _state(c0, (D, B, H), x) if cell == "lstm" else None
         return y, h_n.to(x.dtype), None if c is None else c.to(x.dtype), c_all, reserve
 
     with as_told(x), on_device(x):
         gx, biases = _product_of_x(x.reshape(N, x.shape[-1]), table), _biases(cell, table)
-        p = plan(cell, H, R, B, D, x.dtype)
-        common: dict[str, Any] = {**_constants(p, x.dtype), "CELL": cell, "KEEP": int(save)}
-        tiles = -(-B // p.BM)
-        if p.kind == "resident":
-            h = _state(h0, (D, B, R), x)
-            forward_kernels.resident_forward[(tiles, D)](
-                gx, *_pair(table, "w_hh"), biases, h, c, y, c_all, reserve, *lay.data(),
-                T, B, N, H, *lay.strides, **common,
-            )  # fmt: skip
-            h_n = h
-        else:
+
+        def run(p: Plan) -> tuple[Tensor, Tensor | None]:
+            """All steps: the last states, float32."""
+            c = _state(c0, (D, B, H), x) if cell == "lstm" else None
+            common: dict[str, Any] = {**_constants(p, x.dtype), "CELL": cell, "KEEP": int(save)}
+            tiles = -(-B // p.BM)
+            if p.kind == "resident":
+                h = _state(h0, (D, B, R), x)
+                forward_kernels.resident_forward[(tiles, D)](
+                    gx, *_pair(table, "w_hh"), biases, h, c, y, c_all, reserve, *lay.data(),
+                    T, B, N, H, *lay.strides, **common,
+                )  # fmt: skip
+                return h, c
             states = x.new_empty((2, D, B, R), dtype=torch.float32)
             states[0].zero_() if h0 is None else states[0].copy_(h0)
             projected = table[0].w_hr is not None
@@ -176,7 +187,9 @@ def scan_forward(
                     for phase in range(phases):
                         blocks = -(-(R if phase else H) // p.BN)
                         forward_kernels.step_forward[(blocks, tiles, D)](s, *args, PHASE=phase, **common)
-            h_n = states[T % 2]
+            return states[T % 2], c
+
+        h_n, c = run(_chosen(("forward", int(save), cells), cell, table[0], D, lay, x, run))
     return y, h_n.to(x.dtype), None if c is None else c.to(x.dtype), c_all, reserve
 
 
@@ -269,9 +282,8 @@ def scan_backward(
     lay = Layout.of(x, batch_first, lengths, batch_sizes, resets, batch)
     T, B, N = lay.T, lay.B, lay.N
     lstm, dtype = cell == "lstm", x.dtype
-    dh = _state(dh_n, (D, B, R), x)
-    dc = _state(dc_n, (D, B, H), x) if lstm else None
     if N == 0:
+        dh, dc = _state(dh_n, (D, B, R), x), _state(dc_n, (D, B, H), x) if lstm else None
         dx = x.new_zeros(x.shape) if need_dx else None
         zeros = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights] if need_dw else []
         return dx, dh.to(dtype), None if dc is None else dc.to(dtype), zeros
@@ -297,20 +309,21 @@ def scan_backward(
         dy = None if dy is None else dy.contiguous()
         dc_all = None if dc_all is None else dc_all.contiguous()
         before = _state(c0, (D, B, H), x) if lstm and c0 is not None else None
-        p = plan(cell, H, R, B, D, dtype)
-        common: dict[str, Any] = {**_constants(p, dtype), "CELL": cell}
-        tiles = -(-B // p.BM)
         entered = hp if cell.startswith("gru") else None
-        dhr = None
-        if p.kind == "resident":
-            backward_kernels.resident_backward[(tiles, D)](
-                *_pair(table, "w_hh"), kept, y, entered, before, dy, dc_all, dh, dc, dg, *lay.data(),
-                T, B, N, H, *lay.strides, **common,
-            )  # fmt: skip
-        else:
-            projected = table[0].w_hr is not None
-            if projected:
-                dhr = (x.new_empty if lengths is None else x.new_zeros)((D, N, R))
+        projected = table[0].w_hr is not None
+        dhr = (x.new_empty if lengths is None else x.new_zeros)((D, N, R)) if projected else None
+
+        def run(p: Plan) -> tuple[Tensor, Tensor | None]:
+            """All steps, from the last: gradients of the initial states, float32."""
+            dh, dc = _state(dh_n, (D, B, R), x), _state(dc_n, (D, B, H), x) if lstm else None
+            common: dict[str, Any] = {**_constants(p, dtype), "CELL": cell}
+            tiles = -(-B // p.BM)
+            if p.kind == "resident":
+                backward_kernels.resident_backward[(tiles, D)](
+                    *_pair(table, "w_hh"), kept, y, entered, before, dy, dc_all, dh, dc, dg, *lay.data(),
+                    T, B, N, H, *lay.strides, **common,
+                )  # fmt: skip
+                return dh, dc
             carry = x.new_empty((D, B, H), dtype=torch.float32) if cell.startswith("gru") else None
             phases = 2 if projected or cell == "gru_reset_before" else 1
             args = (
@@ -325,6 +338,10 @@ def scan_backward(
                     for phase in range(phases if s >= 0 else 1):
                         blocks = -(-(H if phase else R) // p.BN)
                         backward_kernels.step_backward[(blocks, tiles, D)](s, *args, PHASE=phase, **common)
+            return dh, dc
+
+        given = tuple(t is not None for t in (dy, dc_all, before))
+        dh, dc = run(_chosen(("backward", *given), cell, table[0], D, lay, x, run))
         dx = None
         if need_dx:
             dgx = dg[..., : 3 * H] if cell == "gru" else dg
