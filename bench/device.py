@@ -32,7 +32,12 @@ LIMITS = {"build": 200.0, "barriers": 40.0, "parity": 150.0, "sanitizer": 75.0, 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 BACKENDS = {"rnn": ("cuda", "triton"), "attention": ("cuda", "triton")}
 TESTS = {
-    "rnn": ["tests/test_parity.py", "tests/test_cuda_cells.py", "tests/test_triton_cells.py", "tests/test_triton_graph.py"],
+    "rnn": [
+        "tests/test_parity.py",
+        "tests/test_cuda_cells.py",
+        "tests/test_triton_cells.py",
+        "tests/test_triton_graph.py",
+    ],
     "attention": [
         "tests/test_attention_parity.py",
         "tests/test_rows_parity.py",
