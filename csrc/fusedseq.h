@@ -227,6 +227,7 @@ struct CudaScanParams {
   Rows reserve;                      // [T,B,S*H] of direction 0, compute type; data null: keep nothing
   int64_t reserve_sd;                // from there to direction 1, in elements
   bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  bool tf32;                         // of float32: the recurrent products round their operands to TF32
   void* workspace;                   // CudaPlan::workspace bytes, aligned to 256
   uint32_t* fault;                   // set to 1 before a launch ends in an error, because a barrier did not complete
   void* stream;

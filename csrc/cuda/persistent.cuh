@@ -98,18 +98,19 @@ struct ForwardMemory {
 // Rows of W_hh of this rank's units, gates from `first` on; zeros beyond H.
 template <class E>
 FSQ_DEVICE void load_rows(const CudaScanParams& p, const Share& share, const Panel<E>& panel, int first, int gates) {
-  const E* const w = static_cast<const E*>(p.w_hh[share.d]);
+  const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[share.d]);
   for (int i = int(threadIdx.x); i < gates * panel.units * panel.terms; i += int(blockDim.x)) {
     const int row = i / panel.terms, k = i % panel.terms;
     const int64_t unit = int64_t(share.rank) * panel.units + row % panel.units, gate = first + row / panel.units;
     const bool there = unit < p.H && k < p.H;
-    panel.data.store(row * panel.pitch() + k, there ? w[(gate * p.H + unit) * p.R + k] : narrow<E>(0));
+    panel.data.store(row * panel.pitch() + k, there ? operand<E>(w[(gate * p.H + unit) * p.R + k]) : narrow<E>(0));
   }
 }
 
 template <Cell C, class E, template <class> class Channel>
 FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   typedef ForwardMemory<C, E, Channel> Memory;
+  typedef Forward<C, Stored<E>> Element;
   SharedArena arena = dynamic_shared();
   Memory m = Memory::carve(arena, plan);
   const Share share(p, plan, Channel<E>::rank(plan));
@@ -130,11 +131,11 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       const Spot s{share.d, 0, share.b0 + b, int64_t(rank) * width + i % width};
       if (s.b < p.B && s.u < p.H)
         m.h.slices.data.store(m.h.slices.at(0, rank) + b * m.h.slices.pitch() + i % width,
-                              narrow<E>(initial<E>(p, p.h0, s, p.H)));
+                              narrow<E>(initial<Stored<E>>(p, p.h0, s, p.H)));
     }
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
-    if (share.owns(p, e)) m.state.store(e, initial<E>(p, C == Cell::lstm ? p.c0 : p.h0, share.spot(e, 0), p.H));
+    if (share.owns(p, e)) m.state.store(e, initial<Stored<E>>(p, C == Cell::lstm ? p.c0 : p.h0, share.spot(e, 0), p.H));
   }
   m.h.begin(share.rank);
   if constexpr (Memory::kTwo) m.rh.begin(share.rank);
@@ -146,7 +147,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   };
   for (int64_t i = 0; i < steps; ++i) {
     const int now = int(i & 1), turn = int(i);
-    Forward<C, E> element[kElements];
+    Element element[kElements];
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       const int e = share.element(n);
@@ -185,7 +186,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
         const float out = element[n].finish(p, s, sums, state);
         m.state.store(e, state);
         next = narrow<E>(out);
-        Forward<C, E>::emit(p, s, out);
+        Element::emit(p, s, out);
       } else {
         next = h.data[h.at(now, share.rank) + at];
       }
@@ -197,10 +198,10 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
     if (!share.owns(p, e)) continue;
-    const Slices<E>& h = m.h.slices;
-    const int64_t at = state_at(p, share.spot(e, 0), p.H);
-    static_cast<E*>(p.h_n)[at] = h.data[h.at(int(steps & 1), share.rank) + e / width * h.pitch() + e % width];
-    if (C == Cell::lstm) write<E>(p.c_n, at, m.state[e]);
+    const Spot s = share.spot(e, 0);
+    const int64_t at = state_at(p, s, p.H);
+    Element::end(p, s, at);
+    if (C == Cell::lstm) write<Stored<E>>(p.c_n, at, m.state[e]);
   }
   m.h.end();
 }
@@ -230,20 +231,21 @@ struct BackwardMemory {
 // Columns of W_hh of this rank's units, as rows; terms run over the slices of all ranks, `gates` blocks in each.
 template <class E>
 FSQ_DEVICE void load_columns(const CudaScanParams& p, const Share& share, const Panel<E>& panel, int first, int gates) {
-  const E* const w = static_cast<const E*>(p.w_hh[share.d]);
+  const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[share.d]);
   const int units = panel.units, width = gates * units;
   for (int i = int(threadIdx.x); i < units * panel.terms; i += int(blockDim.x)) {
     const int k = i / units, u = i % units;  // neighbouring threads read neighbouring addresses
     const int64_t gate = first + k % width / units, row = int64_t(k / width) * units + k % units;
     const int64_t unit = int64_t(share.rank) * units + u;
     const bool there = unit < p.H && row < p.H;
-    panel.data.store(u * panel.pitch() + k, there ? w[(gate * p.H + row) * p.R + unit] : narrow<E>(0));
+    panel.data.store(u * panel.pitch() + k, there ? operand<E>(w[(gate * p.H + row) * p.R + unit]) : narrow<E>(0));
   }
 }
 
 template <Cell C, class E, template <class> class Channel>
 FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan) {
   typedef BackwardMemory<C, E, Channel> Memory;
+  typedef Backward<C, Stored<E>> Element;
   const CudaScanParams& f = p.fwd;
   SharedArena arena = dynamic_shared();
   Memory m = Memory::carve(arena, plan);
@@ -260,8 +262,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
     if (!share.owns(f, e)) continue;
-    m.carry.store(e, initial<E>(f, p.dh_n, share.spot(e, 0), f.H));
-    if (C == Cell::lstm) m.dc.store(e, initial<E>(f, p.dc_n, share.spot(e, 0), f.H));
+    m.carry.store(e, initial<Stored<E>>(f, p.dh_n, share.spot(e, 0), f.H));
+    if (C == Cell::lstm) m.dc.store(e, initial<Stored<E>>(f, p.dc_n, share.spot(e, 0), f.H));
   }
   m.fed.begin(share.rank);
   if constexpr (Memory::kTwo) m.dn.begin(share.rank);
@@ -276,14 +278,14 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     const int now = int(turn & 1), n_turn = int(turn);
     const bool last = turn == steps;
     const int64_t t = last ? -1 : time_of(share.d, steps - 1 - turn, steps);
-    Backward<C, E> element[kElements];
+    Element element[kElements];
     float upstream[kElements];
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       const int e = share.element(n);
       if (!share.owns(f, e)) continue;
       element[n].load(p, share.spot(e, t));
-      upstream[n] = element[n].live ? Backward<C, E>::upstream(p, share.spot(e, t)) : 0;
+      upstream[n] = element[n].live ? Element::upstream(p, share.spot(e, t)) : 0;
     }
     bool arrived = turn == 0 || m.fed.wait(n_turn - 1);
     if (arrived) multiply<1>(m.w, m.fed.slices, now, parts, m.sums);
@@ -334,8 +336,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     const int e = share.element(n);
     if (!share.owns(f, e)) continue;
     const int64_t at = state_at(f, share.spot(e, 0), f.H);
-    write<E>(p.dh0, at, m.carry[e]);
-    if (C == Cell::lstm) write<E>(p.dc0, at, m.dc[e]);
+    write<Stored<E>>(p.dh0, at, m.carry[e]);
+    if (C == Cell::lstm) write<Stored<E>>(p.dc0, at, m.dc[e]);
   }
   m.fed.end();
 }
@@ -380,7 +382,7 @@ inline Launch persistent_launch(const char* name, const CudaScanParams& p, const
   return launch;
 }
 
-// f(c, e) for the cells and element types of the persistent tiers.
+// f(c, e) for the cells and operand types of the persistent tiers.
 template <class F>
 auto for_persistent(const CudaScanParams& p, F f) {
   return for_cell(p.cell, [&](auto c) {
@@ -390,7 +392,7 @@ auto for_persistent(const CudaScanParams& p, F f) {
       case DType::f16:
         return f(c, __half());
       default:
-        return f(c, float());
+        return p.tf32 ? f(c, Tf32()) : f(c, float());
     }
   });
 }

@@ -4,7 +4,8 @@
 // A warp computes a tile of 16 units, all gates of them, by up to two tiles of 8 rows: units are the M of `mma.sync`,
 // rows its N. Warps that share a tile of units take turns with the tiles of 16 terms ("parts"), whose sums the reader
 // adds up. float32 has no tensor-core instruction that keeps its digits, so there every thread multiplies and adds for
-// the very units and rows that it would own in an accumulator of mma.sync.
+// the very units and rows that it would own in an accumulator of mma.sync. Where TF32 will do, operands are rounded
+// when they come into shared memory, each once, and not whenever a warp reads them.
 #pragma once
 #include "cuda/value.cuh"
 
@@ -13,9 +14,20 @@ namespace FSQ_ISA {
 
 constexpr int kUnitTile = 16, kTermTile = 16, kRowTile = 8, kMaxRows = 16;
 
+// Elements of 16 bytes: what a lane's address of ldmatrix names, half the terms of one mma.sync.
+template <class E>
+constexpr int kVector = 16 / int(sizeof(E));
 // Elements that a row of shared memory is longer than its data, so that eight rows lie in different banks.
 template <class E>
-constexpr int kPad = 16 / int(sizeof(E));
+constexpr int kPad = kVector<E>;
+
+template <class E>
+FSQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<E, Tf32>)
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  else
+    ptx::mma_m16n8k16<E>(d, a, b);
+}
 
 // What arrives from all ranks: two buffers of `ranks` slices of `rows` rows of `width` values.
 template <class E>
@@ -80,25 +92,30 @@ using Accumulators = float[N][kMaxRows / kRowTile][4];
 template <int N, class E>
 FSQ_DEVICE void multiply_tile(const Panel<E>& w, const Slices<E>& v, int tile, int k0, int from, int j,
                               Accumulators<N>& acc) {
+  constexpr int kHalf = kVector<E>;
   const int lane = int(threadIdx.x) % 32, half = lane % 16;
-  uint32_t b[4];
-  // Matrices: rows 0..7 with terms 0..7 and 8..15, then rows 8..15.
-  if (v.rows > kRowTile) {
-    ptx::ldmatrix<4>(b, v.data.address(from + (lane % 8 + lane / 16 * 8) * v.pitch() + j + half / 8 * 8));
-  } else {
-    uint32_t few[2];
-    ptx::ldmatrix<2>(few, v.data.address(from + lane % 8 * v.pitch() + j + half / 8 * 8));
-    b[0] = few[0];
-    b[1] = few[1];
-    b[2] = b[3] = 0;
-  }
-  const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
   FSQ_UNROLL
-  for (int g = 0; g < N; ++g) {
-    uint32_t a[4];
-    ptx::ldmatrix<4>(a, w.data.address((g * w.units + tile * kUnitTile + half) * w.pitch() + k0 + lane / 16 * 8));
-    ptx::mma_m16n8k16<E>(acc[g][0], a, first);
-    if (v.rows > kRowTile) ptx::mma_m16n8k16<E>(acc[g][1], a, second);
+  for (int k = 0; k < kTermTile; k += 2 * kHalf) {
+    uint32_t b[4];
+    // Matrices: rows 0..7 with the first and the second half of the terms, then rows 8..15.
+    if (v.rows > kRowTile) {
+      ptx::ldmatrix<4>(b, v.data.address(from + (lane % 8 + lane / 16 * 8) * v.pitch() + j + k + half / 8 * kHalf));
+    } else {
+      uint32_t few[2];
+      ptx::ldmatrix<2>(few, v.data.address(from + lane % 8 * v.pitch() + j + k + half / 8 * kHalf));
+      b[0] = few[0];
+      b[1] = few[1];
+      b[2] = b[3] = 0;
+    }
+    const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    FSQ_UNROLL
+    for (int g = 0; g < N; ++g) {
+      uint32_t a[4];
+      ptx::ldmatrix<4>(
+          a, w.data.address((g * w.units + tile * kUnitTile + half) * w.pitch() + k0 + k + lane / 16 * kHalf));
+      multiply_add<E>(acc[g][0], a, first);
+      if (v.rows > kRowTile) multiply_add<E>(acc[g][1], a, second);
+    }
   }
 }
 

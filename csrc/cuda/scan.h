@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "cuda/value.cuh"
 #include "fusedseq.h"
 
 namespace fusedseq {
@@ -16,6 +17,7 @@ inline std::string describe(const CudaScanParams& p) {
   static const char* const cells[] = {"lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"};
   static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   std::string text = std::string(cells[int(p.cell)]) + " " + dtypes[int(p.dtype)];
+  if (p.dtype == DType::f32 && p.tf32) text += " tf32";
   const auto add = [&](const char* name, int64_t n) { text += std::string(" ") + name + "=" + std::to_string(n); };
   add("T", p.T), add("B", p.B), add("H", p.H), add("R", p.R), add("D", p.D);
   return text;
@@ -34,6 +36,12 @@ auto for_element(DType dtype, F f) {
     default:
       return f(float());
   }
+}
+// The same of a scan's operands, which may be narrower than its elements.
+template <class F>
+auto for_operand(const CudaScanParams& p, F f) {
+  if (p.dtype == DType::f32 && p.tf32) return f(Tf32());
+  return for_element(p.dtype, f);
 }
 template <Cell C>
 using CellConstant = std::integral_constant<Cell, C>;
