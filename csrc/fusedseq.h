@@ -286,6 +286,7 @@ struct CudaPlan {
   int rows;   // of a tile
   int units;  // of a rank
   int warps;
+  bool holding;       // of half types, in tiers block and cluster: as many weights as fit lie in registers
   int shared;         // bytes of a CTA
   int64_t workspace;  // bytes, zeros where `zeroed`
   bool zeroed;

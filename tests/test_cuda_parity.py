@@ -37,6 +37,13 @@ T3B19I3H37-bi-lengths-resets-cells
 """
 
 
+# Tier, case and ranks: all terms in registers, all with warps that share a tile of units, a part of them.
+PARTLY = [
+    ("block", "T3B3I2H100-lengths0-resets", 1), ("block", "T4B11I3H33-bi-packed", 1),
+    ("cluster", "T3B5I2H60-bi-lengths0", 4), ("cluster", "T3B7I2H140-bi-lengths0-resets", 2),
+]  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _emulator() -> Iterator[None]:
     with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"):
@@ -198,6 +205,31 @@ def test_clusters_of_every_size(ranks: int, cell: str, tier: Any) -> None:
     run(case, torch.bfloat16, seed=ranks, cluster=ranks, sms=16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("name", "text", "ranks"), PARTLY)
+def test_weights_in_registers(name: str, text: str, ranks: int, cell: str, dtype: torch.dtype, tier: Any) -> None:
+    """Of all terms, of some, and of warps that share a tile of units or have one each."""
+    tier(name)
+    case = Case.parse(cell, text)
+    with cuda_emulated.device(cluster=max(ranks, 1), sms=16):
+        for backward in (False, True):
+            chosen = planned(case, dtype, backward)
+            assert (chosen.holding, chosen.rows, chosen.ranks) == (True, 8, ranks)
+    run(case, dtype, seed=ranks, cluster=max(ranks, 1), sms=16)
+
+
+def test_registers_make_room_for_more_units(tier: Any) -> None:
+    tier("cluster")
+    with cuda_emulated.device(sms=132):
+        for backward in (False, True):
+            large = Case.parse("lstm", f"T2B16I2H{624 if backward else 768}")
+            chosen = planned(large, torch.bfloat16, backward)
+            assert chosen.holding and chosen.shared <= 232448
+        with pytest.raises(RuntimeError, match="do not fit into shared memory"):
+            planned(large, torch.float32)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_recompute_gives_the_same_gradients(cell: str) -> None:
     case = Case.parse(cell, "T6B5I4H19-bi-lengths0-resets-cells")
@@ -279,7 +311,7 @@ def test_a_named_tier_takes_the_call_or_says_why_not(tier: Any) -> None:
 
 
 def test_the_device_decides_the_tier() -> None:
-    case = Case.parse("lstm", "T2B16I2H128")
+    case = Case.parse("lstm", "T2B16I2H144")
     tiers = cuda_emulated.module().tiers
     for settings, expected in (
         ({}, "block"),

@@ -13,6 +13,22 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
+// Warps that share a tile of 16 units and split its terms.
+inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / 16); }
+
+// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, and registers of a thread for weights.
+struct Wide {
+  static constexpr int kWarps = 12, kRows = 16, kElements = 8, kHeld = 0;
+};
+// 256 threads have 255 registers each. All else needs about 100 of them, so 144 hold weights: of an LSTM's 4 gates by 9
+// tiles of 16 terms.
+struct Holding {
+  static constexpr int kWarps = 8, kRows = 8, kElements = 4, kHeld = 144;
+};
+// Tiles of 16 terms that a warp of this shape holds of a panel with so many gates.
+template <class Shape, int Gates>
+constexpr int kHeldTiles = Shape::kHeld / (4 * Gates);
+
 inline std::string describe(const CudaScanParams& p) {
   static const char* const cells[] = {"lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"};
   static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};

@@ -3,8 +3,8 @@
 Notation: N rows of all time steps, in the order in which x has them; S the type that is computed in, float32 for half
 types. Gates, gate gradients and the reserve are dense over the N rows.
 
-float32 is multiplied as TF32 where torch would do so: the recurrence by torch's setting for recurrent layers, which is on
-by default (`tf32`), the products over all time steps by its setting for matrix products, which is off by default.
+float32 is multiplied as TF32 where torch would do so: the recurrence by torch's setting for recurrent layers, which is
+on by default (`tf32`), the products over all time steps by its setting for matrix products, which is off by default.
 """
 
 from __future__ import annotations

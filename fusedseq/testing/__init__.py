@@ -8,8 +8,17 @@ from fusedseq import registry
 
 from .cases import DTYPES, Case, Inputs, cases, make_inputs
 from .compare import (
-    Baseline, baseline, check, evaluate, judge, naive_scan, recurrent_tf32, tf32_scan, torch_has, torch_scan,
-)  # fmt: skip
+    Baseline,
+    baseline,
+    check,
+    evaluate,
+    judge,
+    naive_scan,
+    recurrent_tf32,
+    tf32_scan,
+    torch_has,
+    torch_scan,
+)
 
 __all__ = [
     "DTYPES",

@@ -5,9 +5,9 @@ The truth is the reference in float64, on the inputs as rounded to the dtype und
 rounding floor relative to `||truth||` and `max |truth|` that grows with the logarithm of the number of terms in the
 longest sum. Where torch has no such feature the peer is the reference computing step by step in that same dtype.
 
-float32 with TF32 products is judged by the same rule, with another peer: the reference in float32 whose recurrent products
-round their operands to TF32 where a kernel does (`tf32_scan`), since torch's own kernel that does so needs a GPU. The
-floor remains float32's, so that nothing but those roundings is excused.
+float32 with TF32 products is judged by the same rule, with another peer: the reference in float32 whose recurrent
+products round their operands to TF32 where a kernel does (`tf32_scan`), since torch's own kernel that does so needs a
+GPU. The floor remains float32's, so that nothing but those roundings is excused.
 
 A tensor of a few elements says little about what its dtype can do: where terms cancel or a gate saturates, its one peer
 may be exact by luck. If such a tensor fails, the reference in the same dtype on slightly moved inputs gives more peers.
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
 from fusedseq.reference import scan as reference
 

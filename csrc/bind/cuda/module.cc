@@ -121,6 +121,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("rows", &CudaPlan::rows)
       .def_readonly("units", &CudaPlan::units)
       .def_readonly("warps", &CudaPlan::warps)
+      .def_readonly("holding", &CudaPlan::holding)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
       .def_readonly("zeroed", &CudaPlan::zeroed)
