@@ -91,13 +91,12 @@ def test_rounding_to_tf32(cases):
     assert np.array_equal(bits.view(np.float32), tf32(x))
     assert tf32(ties[:5]).tolist() == [1 + 2**-10, 1 + 2**-9, -1 - 2**-10, 1, 2]
 
-    special = np.uint32([0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x80000000]).view(np.float32)
+    # Infinities, what overflows, a negative zero, and the NaN of a GPU's arithmetic and of this processor's.
+    special = np.uint32([0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000, 0x7FFFFFFF, 0x7FC00000])
     bits = np.zeros(len(special), np.uint32)
-    assert cases.round_tf32(special, bits, len(special)) == ""
-    infinity, minus, *nans, largest, zero = bits.view(np.float32)
-    assert (infinity, minus, largest, bits[-1]) == (np.inf, -np.inf, np.inf, 0x80000000), zero
-    assert np.isnan(nans).all()
-    assert np.isnan((bits[2:4] & np.uint32(0xFFFFE000)).view(np.float32)).all()  # what the tensor core reads of them
+    assert cases.round_tf32(special.view(np.float32), bits, len(special)) == ""
+    assert bits[:4].tolist() == [0x7F800000, 0xFF800000, 0x7F800000, 0x80000000]
+    assert np.isnan(bits[4:].view(np.float32)).all()
 
 
 @pytest.mark.parametrize("bug", range(6))

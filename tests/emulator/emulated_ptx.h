@@ -24,7 +24,6 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
 }
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;  // NaN, whichever bits it had
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return (finite ? bits + 0x1000u : bits) & 0xffffe000u;
 }
