@@ -112,7 +112,7 @@ def plans(case: Case) -> dict[str, Any]:
     scan = (case.T, case.B, case.H, case.R, case.D)
     found = {}
     for name, backward in (("forward", False), ("backward", True)):
-        plan = cuda_scan.plan(cuda.core(), x, cell, scan, case.proj > 0, backward)
+        plan = cuda_scan.plan(cuda.core(), x, cell, scan, case.proj > 0, backward, cuda_scan.tf32(x.dtype))
         found[name] = {"tier": cuda.core().tiers[plan.tier], "ranks": plan.ranks, "rows": plan.rows}
     return found
 

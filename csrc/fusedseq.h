@@ -227,6 +227,7 @@ struct CudaScanParams {
   Rows reserve;                      // [T,B,S*H] of direction 0, compute type; data null: keep nothing
   int64_t reserve_sd;                // from there to direction 1, in elements
   bool recompute;                    // keep no gates: S = 1, the cell state, for LSTM, and 0 for all others
+  bool tf32;                         // of float32: the recurrent products round their operands to TF32
   void* workspace;                   // CudaPlan::workspace bytes, aligned to 256
   uint32_t* fault;                   // set to 1 before a launch ends in an error, because a barrier did not complete
   void* stream;
@@ -331,6 +332,7 @@ struct CudaPlan {
   int rows;   // of a tile
   int units;  // of a rank
   int warps;
+  bool holding;       // of half types, in tiers block and cluster: as many weights as fit lie in registers
   int shared;         // bytes of a CTA
   int64_t workspace;  // bytes, zeros where `zeroed`
   bool zeroed;

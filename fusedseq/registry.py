@@ -141,12 +141,16 @@ def scan_call(
 
 
 class Choice(NamedTuple):
-    """One decision: the backend that runs `call` and the reasons of those passed over before it."""
+    """One decision: the backend that runs `call` and the reasons of those passed over before it.
+
+    Where somebody watches, `how` names what the backend took from torch's settings for this call, such as "TF32".
+    """
 
     call: Call
     backend: str
     module: ModuleType
     passed_over: dict[str, str]
+    how: str = ""
 
 
 # Each distinct (forced backend, call) is one entry; streams of ever-new lengths must not grow it without bound.
@@ -195,8 +199,10 @@ def choose(call: Call, name: str | None = None) -> ModuleType:
             _decisions.clear()
         _decisions[key] = choice
     if _hooks:
+        how = getattr(choice.module, "how", None)
+        seen = choice if how is None else choice._replace(how=how(call))
         for hook in _hooks:
-            hook(choice)
+            hook(seen)
     return choice.module
 
 
@@ -359,7 +365,7 @@ class Report:
         lines = [f"{self.title}: {count} operator call{'' if count == 1 else 's'}"]
         repeats: dict[str, int] = {}
         for choice in self.calls:
-            text = f"  {describe(choice.call)} -> {choice.backend}"
+            text = f"  {describe(choice.call)} -> {choice.backend}" + (f" ({choice.how})" if choice.how else "")
             text += "".join(f"\n    not {name}: {reason}" for name, reason in choice.passed_over.items())
             repeats[text] = repeats.get(text, 0) + 1
         for text, times in repeats.items():

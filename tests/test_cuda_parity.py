@@ -19,11 +19,12 @@ from fusedseq import config, registry
 from fusedseq.backends import cuda, cuda_scan
 from fusedseq.ops import scan
 from fusedseq.ops.attention import run as attention
-from fusedseq.testing import DTYPES, Case, baseline, check, evaluate
+from fusedseq.testing import DTYPES, Case, baseline, check, evaluate, recurrent_tf32
 from fusedseq.testing.attention_cases import AttentionCase, attention_cases
 from fusedseq.testing.attention_compare import check_attention
 from fusedseq.testing.cases import CELLS, compact_cases, short
 
+BY_DEFAULT = cuda_scan.tf32(torch.float32)  # before a test sets anything
 HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
 # Sizes that need several ranks of a cluster, and rows that need several tiles.
 CLUSTERED = """
@@ -34,6 +35,13 @@ T5B13I2H31-nobias-resets-permuted
 T9B5I1H19-packed-resets-cells-nobias
 T3B19I3H37-bi-lengths-resets-cells
 """
+
+
+# Tier, case and ranks: all terms in registers, all with warps that share a tile of units, a part of them.
+PARTLY = [
+    ("block", "T3B3I2H100-lengths0-resets", 1), ("block", "T4B11I3H33-bi-packed", 1),
+    ("cluster", "T3B5I2H60-bi-lengths0", 4), ("cluster", "T3B7I2H140-bi-lengths0-resets", 2),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +58,16 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> Any:
     return force
 
 
-def planned(case: Case, dtype: torch.dtype, backward: bool = False) -> Any:
+def planned(case: Case, dtype: torch.dtype, backward: bool = False, tf32: bool = False) -> Any:
     x = torch.empty(0, dtype=dtype)
     sizes = (case.T, case.B, case.H, case.R, case.D)
-    return cuda_scan.plan(cuda_emulated.module(), x, case.cell, sizes, case.proj > 0, backward)
+    return cuda_scan.plan(cuda_emulated.module(), x, case.cell, sizes, case.proj > 0, backward, tf32)
 
 
-def run(case: Case, dtype: torch.dtype, seed: int, **device: int) -> None:
+def run(case: Case, dtype: torch.dtype, seed: int, tf32: bool = False, **device: int) -> None:
     with cuda_emulated.device(seed, **device), registry.record() as choices:
-        check(scan, case, dtype)
-    assert {choice.backend for choice in choices} == {"cuda"}
+        check(scan, case, dtype, tf32=tf32)
+    assert {(choice.backend, choice.how) for choice in choices} == {("cuda", "TF32" if tf32 else "")}
 
 
 def rows(texts: str, dtypes: list[torch.dtype]) -> list[Any]:
@@ -110,6 +118,67 @@ def test_grid(case: Case, dtype: torch.dtype, tier: Any) -> None:
     run(case, dtype, seed=9, sms=4)
 
 
+TIERS = ("step", "block", "cluster", "grid")
+SINGLE = [case for case, _ in (param.values for param in rows(CLUSTERED, [torch.float32]))]
+PROJECTED = "T5B6I4H19-proj7-bi-lengths0-resets"
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=lambda case: case.id(torch.float32))
+@pytest.mark.parametrize("name", TIERS)
+def test_tf32(name: str, case: Case, tier: Any) -> None:
+    tier(name)
+    run(case, torch.float32, seed=11 + TIERS.index(name), tf32=True, sms=4)
+
+
+def test_tf32_of_a_projection() -> None:
+    run(Case.parse("lstm", PROJECTED), torch.float32, seed=15, tf32=True)
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_tf32_rounds_what_the_setting_allows_and_nothing_else(name: str, tier: Any) -> None:
+    tier(name)
+    case = Case.parse("lstm", "T3B9I3H40-bi-lengths0")
+    outcomes = {}
+    for allowed in (False, True):
+        with cuda_emulated.device(), recurrent_tf32(allowed):
+            outcomes[allowed] = evaluate(scan, baseline(case, torch.float32).inputs)
+    rounded, exact = outcomes[True], outcomes[False]
+    near = {name for name, t in exact.items() if (t - rounded[name]).norm() < 1e-5 * t.norm()}
+    assert not near, "these came out as without TF32"
+    # A row of no steps hands its state through as it came.
+    inputs = baseline(case, torch.float32).inputs
+    assert inputs.lengths is not None and inputs.h0 is not None
+    idle = inputs.lengths == 0
+    assert idle.any()
+    assert torch.equal(rounded["h_n"][:, idle], inputs.h0[:, idle])
+
+
+def test_tf32_follows_torchs_setting_for_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BY_DEFAULT, "torch's own recurrent layers use TF32 on a GPU unless told otherwise"
+    for allowed in (False, True):
+        with recurrent_tf32(allowed):
+            assert cuda_scan.tf32(torch.float32) == allowed
+            assert not any(cuda_scan.tf32(dtype) for dtype in DTYPES.values() if dtype != torch.float32)
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    if hasattr(rnn, "fp32_precision"):  # torch 2.9: an operator's own setting goes before the one for all
+        with recurrent_tf32(True):
+            monkeypatch.setattr(rnn, "fp32_precision", "ieee")
+            assert not cuda_scan.tf32(torch.float32)
+            monkeypatch.undo()
+
+
+def test_explain_says_that_tf32_ran() -> None:
+    def report(dtype: torch.dtype) -> str:
+        weights = [torch.zeros(12, 4, dtype=dtype), torch.zeros(12, 4, dtype=dtype)]
+        return repr(fusedseq.explain(scan, "gru", torch.zeros(2, 3, 4, dtype=dtype), None, None, weights))
+
+    with cuda_emulated.device(), recurrent_tf32(True):
+        assert "-> cuda (TF32)" in report(torch.float32)
+        assert "TF32" not in report(torch.bfloat16)
+    with cuda_emulated.device(), recurrent_tf32(False):
+        assert "TF32" not in report(torch.float32)
+
+
 @pytest.mark.parametrize("seed", range(4, 8))
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", ["block", "cluster", "grid"])
@@ -134,6 +203,31 @@ def test_clusters_of_every_size(ranks: int, cell: str, tier: Any) -> None:
     with cuda_emulated.device(cluster=ranks, sms=16):
         assert 2 <= planned(case, torch.bfloat16).ranks <= ranks
     run(case, torch.bfloat16, seed=ranks, cluster=ranks, sms=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("name", "text", "ranks"), PARTLY)
+def test_weights_in_registers(name: str, text: str, ranks: int, cell: str, dtype: torch.dtype, tier: Any) -> None:
+    """Of all terms, of some, and of warps that share a tile of units or have one each."""
+    tier(name)
+    case = Case.parse(cell, text)
+    with cuda_emulated.device(cluster=max(ranks, 1), sms=16):
+        for backward in (False, True):
+            chosen = planned(case, dtype, backward)
+            assert (chosen.holding, chosen.rows, chosen.ranks) == (True, 8, ranks)
+    run(case, dtype, seed=ranks, cluster=max(ranks, 1), sms=16)
+
+
+def test_registers_make_room_for_more_units(tier: Any) -> None:
+    tier("cluster")
+    with cuda_emulated.device(sms=132):
+        for backward in (False, True):
+            large = Case.parse("lstm", f"T2B16I2H{624 if backward else 768}")
+            chosen = planned(large, torch.bfloat16, backward)
+            assert chosen.holding and chosen.shared <= 232448
+        with pytest.raises(RuntimeError, match="do not fit into shared memory"):
+            planned(large, torch.float32)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -186,7 +280,7 @@ def test_a_rank_that_falls_silent_is_an_error(
 
     def stuck(*args: Any) -> Any:
         chosen = honest(*args)
-        if args[-1] == backward:
+        if args[5] == backward:
             chosen.stuck = 1
         return chosen
 
@@ -217,7 +311,7 @@ def test_a_named_tier_takes_the_call_or_says_why_not(tier: Any) -> None:
 
 
 def test_the_device_decides_the_tier() -> None:
-    case = Case.parse("lstm", "T2B16I2H128")
+    case = Case.parse("lstm", "T2B16I2H144")
     tiers = cuda_emulated.module().tiers
     for settings, expected in (
         ({}, "block"),

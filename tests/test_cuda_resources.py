@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Path(__file__).parent / "data" / "cuda_resources.json"
 ARCHS = ("sm_80", "sm_90a")
-REGISTERS = 168  # 12 warps a CTA on 65536 registers
+REGISTERS = {"Wide": 168, "Holding": 255}  # 12 and 8 warps a CTA on 65536 registers
 CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
 Usage = dict[str, dict[str, list[int]]]  # arch -> kernel -> [registers, bytes of stack]
 
@@ -91,16 +91,64 @@ def test_every_kernel_has_a_budget_and_keeps_it() -> None:
         assert not over, f"{arch}: registers and stack beyond the budget: {over}"
 
 
+def functions(path: Path, arch: str) -> dict[str, list[tuple[int, str]]]:
+    """Of each kernel its instructions and where they stand."""
+    found = {}
+    for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
+        lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", function)
+        found[plain(function.split("\n", 1)[0])] = [(int(at, 16), text) for at, text in lines]
+    return found
+
+
+def loop_around(instructions: list[tuple[int, str]], what: str) -> list[str]:
+    """The widest loop that holds an instruction: of a scan, its steps."""
+    marks = [at for at, text in instructions if what in text]
+    loops = []
+    for at, text in instructions:
+        target = re.search(r"BRA\b.*?0x([0-9a-f]+)", text)
+        if target and any(int(target[1], 16) <= mark <= at for mark in marks):
+            loops.append((int(target[1], 16), at))
+    assert loops, f"{what} stands in no loop"
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    return [text for at, text in instructions if first <= at <= last]
+
+
 def test_no_persistent_kernel_of_half_types_spills_on_hopper() -> None:
     kernels = {name: used for name, used in measured()["sm_90a"].items() if name.startswith("persistent")}
-    assert len(kernels) == 3 * 2 * 3 * len(CELLS)  # tiers, passes, dtypes
+    # Tiers, passes and operand types; and of half types those with weights in registers.
+    assert len(kernels) == 3 * 2 * 4 * len(CELLS) + 2 * 2 * 2 * len(CELLS)
     for name, (registers, stack) in kernels.items():
-        assert registers <= REGISTERS, f"{name}: {registers} registers"
-        assert stack == 0 or "float16" not in name, f"{name}: {stack} bytes of stack"
+        shape = name.split()[-1]
+        assert registers <= REGISTERS[shape], f"{name}: {registers} registers"
+        assert stack == 0 or "float16" not in name or shape == "Holding", f"{name}: {stack} bytes of stack"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_half_types_are_multiplied_by_tensor_cores(arch: str) -> None:
+def test_no_step_with_weights_in_registers_spills(arch: str) -> None:
+    """Where they are loaded, once, a few of them may pass through the stack."""
+    seen = 0
+    for path in objects():
+        if path.stem not in ("block", *(("cluster",) if arch != "sm_80" else ())):
+            continue
+        for name, instructions in functions(path, arch).items():
+            if name.endswith("Holding"):
+                step = loop_around(instructions, "HMMA")
+                assert not [text for text in step if re.search(r"\b(LDL|STL)\b", text)], f"{name}: spills in its step"
+                seen += 1
+    assert seen == 2 * 2 * len(CELLS) * (1 if arch == "sm_80" else 2)
+
+
+def test_a_step_in_a_cluster_waits_for_no_fence_of_the_whole_gpu() -> None:
+    (path,) = (one for one in objects() if one.stem == "cluster")
+    for name, instructions in functions(path, "sm_90a").items():
+        assert any("MEMBAR.ALL.GPU" in text for _, text in instructions), f"{name}: the first barrier has none?"
+        step = loop_around(instructions, "UBLKCP")
+        fences = [text for text in step if "CCTL" in text or ("MEMBAR" in text and "MEMBAR.ALL.CTA" not in text)]
+        assert not fences, f"{name}: {fences} in its step"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_half_types_and_tf32_are_multiplied_by_tensor_cores(arch: str) -> None:
     tiers = {"block", "grid"} | ({"cluster"} if arch != "sm_80" else set())
     for path in objects():
         if path.stem not in tiers:
@@ -108,10 +156,11 @@ def test_half_types_are_multiplied_by_tensor_cores(arch: str) -> None:
         seen = 0
         for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
             name = plain(function.split("\n", 1)[0])
-            half = "float16" in name
-            assert ("HMMA" in function) == half, f"{name}: tensor-core instructions, or none where they belong"
-            seen += half
-        assert seen == 2 * 2 * len(CELLS), path
+            narrow = "float16" in name or "Tf32" in name
+            assert ("HMMA" in function) == narrow, f"{name}: tensor-core instructions, or none where they belong"
+            seen += narrow
+        # Passes and operand types, half types in two shapes but for the grid.
+        assert seen == 2 * (3 if path.stem == "grid" else 5) * len(CELLS), path
 
 
 def test_attention_forward_keeps_to_registers_and_tensor_cores() -> None:

@@ -74,6 +74,46 @@ def test_mma_of_tf32(cases):
         assert np.array_equal(d[:, i], wanted[fragment_d(i)])
 
 
+def tf32(x: np.ndarray) -> np.ndarray:
+    """x rounded to 10 bits of mantissa, ties away from zero, by arithmetic on its fraction."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    scaled = np.abs(fraction) * 2**11
+    return (np.sign(fraction) * np.ldexp(np.floor(scaled + 0.5), exponent - 11)).astype(np.float32)
+
+
+def test_rounding_to_tf32(cases):
+    ties = np.float32([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 2 - 2**-23, 2.0**-126])
+    drawn = np.random.default_rng(1).standard_normal(200).astype(np.float32) * np.float32(2.0) ** np.arange(-100, 100)
+    x = np.concatenate([ties, drawn.astype(np.float32)])
+    bits = np.zeros(len(x), np.uint32)
+    assert cases.round_tf32(x, bits, len(x)) == ""
+    assert not np.any(bits & 0x1FFF)
+    assert np.array_equal(bits.view(np.float32), tf32(x))
+    assert tf32(ties[:5]).tolist() == [1 + 2**-10, 1 + 2**-9, -1 - 2**-10, 1, 2]
+
+    # Infinities, what overflows, a negative zero, and the NaN of a GPU's arithmetic and of this processor's.
+    special = np.uint32([0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000, 0x7FFFFFFF, 0x7FC00000])
+    bits = np.zeros(len(special), np.uint32)
+    assert cases.round_tf32(special.view(np.float32), bits, len(special)) == ""
+    assert bits[:4].tolist() == [0x7F800000, 0xFF800000, 0x7F800000, 0x80000000]
+    assert np.isnan(bits[4:].view(np.float32)).all()
+
+
+@pytest.mark.parametrize("bug", range(6))
+def test_tile_of_tf32(cases, bug):
+    # Operands of 11 bits and more, so that rounding and cutting off differ; their products are exact in float32.
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(-(2**13), 2**13, shape).astype(np.float32) for shape in ((16, 8), (8, 8)))
+    d = np.full((16, 8), np.nan, np.float32)
+    error = cases.tile_tf32(bug, a, b, d)
+    wanted = tf32(a).astype(np.float64) @ tf32(b).astype(np.float64).T
+    close = np.allclose(d, wanted, rtol=0, atol=2**-20 * np.abs(a).max() * np.abs(b).max())
+    if bug == 5:
+        assert "race: " in error
+    else:
+        assert error == "" and close == (bug == 0)
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix(cases, count, transposed):

@@ -5,21 +5,21 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 int block_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
-  return for_persistent(p, [&](auto c, auto e) {
-    return persistent_bytes<decltype(c)::value, decltype(e), BlockChannel>(plan, backward);
+  return for_shape(p, plan, [&](auto c, auto e, auto shape) {
+    return persistent_bytes<decltype(c)::value, decltype(e), BlockChannel, decltype(shape)>(plan, backward);
   });
 }
 
 std::string block_forward(const CudaScanParams& p, const CudaPlan& plan) {
-  return for_persistent(p, [&](auto c, auto e) {
-    return run(&persistent_forward<decltype(c)::value, decltype(e), BlockChannel>,
+  return for_shape(p, plan, [&](auto c, auto e, auto shape) {
+    return run(&persistent_forward<decltype(c)::value, decltype(e), BlockChannel, decltype(shape)>,
                persistent_launch("block_forward", p, plan), p, plan);
   });
 }
 
 std::string block_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
-  return for_persistent(p.fwd, [&](auto c, auto e) {
-    return run(&persistent_backward<decltype(c)::value, decltype(e), BlockChannel>,
+  return for_shape(p.fwd, plan, [&](auto c, auto e, auto shape) {
+    return run(&persistent_backward<decltype(c)::value, decltype(e), BlockChannel, decltype(shape)>,
                persistent_launch("block_backward", p.fwd, plan), p, plan);
   });
 }

@@ -6,34 +6,34 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
-  return for_persistent(p, [&](auto c, auto e) {
-    return persistent_bytes<decltype(c)::value, decltype(e), ClusterChannel>(plan, backward);
+  return for_shape(p, plan, [&](auto c, auto e, auto shape) {
+    return persistent_bytes<decltype(c)::value, decltype(e), ClusterChannel, decltype(shape)>(plan, backward);
   });
 }
 
 bool cluster_possible(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
   int clusters = 0;
-  const std::string error = for_persistent(p, [&](auto c, auto e) {
+  const std::string error = for_shape(p, plan, [&](auto c, auto e, auto shape) {
     constexpr Cell C = decltype(c)::value;
     typedef decltype(e) E;
-    return backward ? active_clusters(clusters, &persistent_backward<C, E, ClusterChannel>,
+    return backward ? active_clusters(clusters, &persistent_backward<C, E, ClusterChannel, decltype(shape)>,
                                       persistent_launch("cluster_backward", p, plan))
-                    : active_clusters(clusters, &persistent_forward<C, E, ClusterChannel>,
+                    : active_clusters(clusters, &persistent_forward<C, E, ClusterChannel, decltype(shape)>,
                                       persistent_launch("cluster_forward", p, plan));
   });
   return error.empty() && clusters > 0;
 }
 
 std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan) {
-  return for_persistent(p, [&](auto c, auto e) {
-    return run(&persistent_forward<decltype(c)::value, decltype(e), ClusterChannel>,
+  return for_shape(p, plan, [&](auto c, auto e, auto shape) {
+    return run(&persistent_forward<decltype(c)::value, decltype(e), ClusterChannel, decltype(shape)>,
                persistent_launch("cluster_forward", p, plan), p, plan);
   });
 }
 
 std::string cluster_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
-  return for_persistent(p.fwd, [&](auto c, auto e) {
-    return run(&persistent_backward<decltype(c)::value, decltype(e), ClusterChannel>,
+  return for_shape(p.fwd, plan, [&](auto c, auto e, auto shape) {
+    return run(&persistent_backward<decltype(c)::value, decltype(e), ClusterChannel, decltype(shape)>,
                persistent_launch("cluster_backward", p.fwd, plan), p, plan);
   });
 }

@@ -10,7 +10,6 @@ using namespace FSQ_ISA;
 namespace {
 
 const char* const kTiers[] = {"step", "block", "cluster", "grid"};
-constexpr int kMostWarps = 12;
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -20,14 +19,24 @@ int warps_for(int units) {
   return tiles >= 8 ? tiles : tiles * (8 / tiles);
 }
 
-// Clocks of a step, by the bytes of weights that a CTA reads from shared memory (128 a clock) and what an exchange
-// costs, times the turns in which the device takes all CTAs. Estimates, until they have been measured.
-double step_clocks(const CudaScanParams& p, const Device& device, const CudaPlan& plan) {
+// Clocks of a step: what an exchange costs, and the longer of what a CTA reads from shared memory (weights that no
+// register holds, and the state once for each tile of units, at 128 bytes a clock) and what it multiplies; times the
+// turns in which the device takes all CTAs. Multiplications a clock: 128 in float32, and by mma.sync about two thirds
+// of what wgmma does on Hopper. Estimates, until they have been measured.
+double step_clocks(const CudaScanParams& p, bool backward, const Device& device, const CudaPlan& plan) {
   const int64_t ctas = up(p.B, plan.rows) / plan.rows * p.D * plan.ranks;
   const double turns = double(up(ctas, device.sm_count) / device.sm_count);
-  const double element = p.dtype == DType::f32 ? 4 : 2;
-  const double weights = element * gate_count(p.cell) * plan.units * plan.ranks * plan.units;
-  return turns * (exchange_clocks(plan.tier) + weights / 128);
+  const bool single = p.dtype == DType::f32, before = p.cell == Cell::gru_reset_before;
+  // Gates side by side in forward; in backward gate gradients one after the other.
+  const int gates = gate_count(p.cell), first = before ? 2 : gates, side = backward ? 1 : first;
+  const double terms = double(backward ? first : 1) * plan.ranks * plan.units;
+  const double most = plan.holding ? double(Holding::kHeld / (4 * side)) * parts_of(plan) * 16 : 0;
+  const double held = side * plan.units * (most < terms ? most : terms);
+  const double weights = double(gates) * plan.units * plan.ranks * plan.units;
+  const double state = plan.units / 16 * plan.rows * terms * (before ? 1.5 : 1);
+  const double read = (single ? 4 : 2) * (weights - held + state) / 128;
+  const double rate = !single ? 1300 : p.tf32 ? 650 : 128, multiplied = weights * plan.rows / rate;
+  return turns * (exchange_clocks(plan.tier) + (read > multiplied ? read : multiplied));
 }
 
 int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
@@ -57,12 +66,15 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
     one.units = int(up((p.H + ranks - 1) / ranks, 16));
     one.warps = warps_for(one.units);
     one.ranks = int((p.H + one.units - 1) / one.units);
-    if (one.ranks != ranks || one.warps > kMostWarps) continue;
-    for (int rows : {16, 8}) {
-      one.rows = rows;
+    if (one.ranks != ranks || one.warps > Wide::kWarps) continue;
+    for (int shape : {0, 1, 2}) {
+      one.rows = shape == 0 ? 16 : 8;
+      one.holding = shape == 2;
+      if (one.rows == 16 && p.B <= 8) continue;
+      if (one.holding && (p.dtype == DType::f32 || tier == CudaTier::grid || one.warps > Holding::kWarps)) continue;
       one.shared = bytes_of(p, one, backward);
-      if (one.shared > device.shared_per_block || (rows == 16 && p.B <= 8)) continue;
-      const double clocks = step_clocks(p, device, one);
+      if (one.shared > device.shared_per_block) continue;
+      const double clocks = step_clocks(p, backward, device, one);
       if (best && clocks >= best) continue;
       if (tier == CudaTier::cluster && !cluster_possible(p, one, backward)) continue;
       if (tier == CudaTier::grid) {

@@ -137,6 +137,16 @@ struct Forward {
   FSQ_DEVICE static void emit(const CudaScanParams& p, const Spot& s, S h) {
     write<E>(p.y.data, row_at(p, p.y, s.t, s.b) + s.d * p.R + s.u, h);
   }
+
+  // After the last step, by the thread that did all of a row's: its last state, which is its last output.
+  FSQ_DEVICE static void end(const CudaScanParams& p, const Spot& s, int64_t at) {
+    const int64_t steps = length_of(p, s.b), last = s.d == 1 ? 0 : steps - 1;
+    E* const h_n = static_cast<E*>(p.h_n);
+    if (steps > 0)
+      h_n[at] = static_cast<const E*>(p.y.data)[row_at(p, p.y, last, s.b) + s.d * p.R + s.u];
+    else
+      write<E>(h_n, at, initial<E>(p, p.h0, s, p.R));
+  }
 };
 
 template <Cell C, class E>

@@ -41,8 +41,20 @@ struct BlockChannel {
 };
 
 // A cluster: the slice goes by one bulk copy to each peer's shared memory. The sender arrives at the peer's mbarrier as
-// well, announcing the bytes, since the arrival publishes what the sender's CTA has done before (that it has read the
-// buffer which the peer will write next), and the completion of a copy does not. sm_90
+// well, announcing the bytes. Two things must be ordered, and each by one of the two:
+//
+// - The bytes, before the peer reads them: the copy's own completion at the mbarrier, which is where they land, counts
+//   them, and the peer's wait acquires them. The copy reads what this CTA's threads wrote: fence_proxy_async, barrier.
+// - This CTA's reads of the buffer that the peer overwrites next, before its copy lands: publication n + 1 of the peer
+//   goes into the buffer of publication n - 1, which this CTA has read in the step before it publishes n. The reads,
+//   the barrier in `publish`, the arrival of publication n, the peer's wait for it and the peer's next copy stand in
+//   one chain. The completion of the copy alone would say nothing of those reads: it is issued by the same thread but
+//   is not ordered after what the others have read.
+//
+// Nothing else goes from rank to rank: what a rank writes to global memory, no other rank reads. So the arrival needs
+// no release of writes at the scope of the cluster, whose MEMBAR.ALL.GPU would stand in every step: a read is over when
+// its value has been used, the products of those reads went through a barrier, and no fence could make it more so.
+// Consumers of multicast copies free their slots by the same instruction. sm_90
 template <class E>
 struct ClusterChannel {
   static constexpr bool kCompiled = kHasClusters;  // on older GPUs nobody calls its kernels
@@ -75,7 +87,7 @@ struct ClusterChannel {
       const uint32_t mine = slices.data.address(slices.at(which, rank));
       const uint32_t barrier = ptx::mapa(full.address(which), uint32_t(peer));
       const uint32_t bytes = uint32_t(slices.slice() * int(sizeof(E)));
-      ptx::mbarrier_arrive_expect_tx_remote(barrier, bytes);
+      ptx::mbarrier_arrive_expect_tx_remote_reads(barrier, bytes);
       ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes, barrier);
     }
   }
@@ -83,7 +95,7 @@ struct ClusterChannel {
     const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
     uint64_t since = 0;
     bool late = false;
-    while (!late && !ptx::mbarrier_try_wait_cluster(barrier, parity)) {
+    while (!late && !ptx::mbarrier_try_wait(barrier, parity)) {
       const uint64_t now = ptx::globaltimer();
       if (!since) since = now;
       late = now - since > kPatience;

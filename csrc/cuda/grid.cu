@@ -22,7 +22,7 @@ std::string in_turns(const char* name, const CudaScanParams& p, CudaPlan plan, F
 
 int grid_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
   return for_persistent(p, [&](auto c, auto e) {
-    return persistent_bytes<decltype(c)::value, decltype(e), GridChannel>(plan, backward);
+    return persistent_bytes<decltype(c)::value, decltype(e), GridChannel, Wide>(plan, backward);
   });
 }
 
@@ -33,10 +33,10 @@ int64_t grid_workspace(const CudaScanParams& p, const CudaPlan& plan, bool backw
     SharedArena arena;
     int64_t bytes = 0;
     if (backward) {
-      const auto m = BackwardMemory<C, E, GridChannel>::carve(arena, plan);
+      const auto m = BackwardMemory<C, E, GridChannel, Wide>::carve(arena, plan);
       bytes = m.fed.bytes() + (m.kTwo ? m.dn.bytes() : 0);
     } else {
-      const auto m = ForwardMemory<C, E, GridChannel>::carve(arena, plan);
+      const auto m = ForwardMemory<C, E, GridChannel, Wide>::carve(arena, plan);
       bytes = m.h.bytes() + (m.kTwo ? m.rh.bytes() : 0);
     }
     return groups_of(p, plan) * bytes;
@@ -46,7 +46,7 @@ int64_t grid_workspace(const CudaScanParams& p, const CudaPlan& plan, bool backw
 std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan) {
   return for_persistent(p, [&](auto c, auto e) {
     return in_turns("grid_forward", p, plan, [&](const Launch& launch, const CudaPlan& part) {
-      return run(&persistent_forward<decltype(c)::value, decltype(e), GridChannel>, launch, p, part);
+      return run(&persistent_forward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
     });
   });
 }
@@ -54,7 +54,7 @@ std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan) {
 std::string grid_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
   return for_persistent(p.fwd, [&](auto c, auto e) {
     return in_turns("grid_backward", p.fwd, plan, [&](const Launch& launch, const CudaPlan& part) {
-      return run(&persistent_backward<decltype(c)::value, decltype(e), GridChannel>, launch, p, part);
+      return run(&persistent_backward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
     });
   });
 }

@@ -1,53 +1,15 @@
-// Scans in one launch: the weights stay in shared memory, and only the state (forward) or the gate gradients (backward)
-// move between steps. Tiers differ in the channel they move through (exchange.cuh).
+// Scans in one launch: the weights stay in shared memory and registers, and only the state (forward) or the gate
+// gradients (backward) move between steps. Tiers differ in the channel they move through (exchange.cuh).
 //
 // A group of `ranks` CTAs owns one direction of one tile of rows; each rank owns `units` hidden units with all their
 // gates. The thread of a (row, unit) keeps it for the whole scan: its cell state stays in float32 in shared memory.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/exchange.cuh"
-#include "cuda/scan.h"
+#include "cuda/share.cuh"
 
 namespace fusedseq {
 namespace FSQ_ISA {
-
-constexpr int kMaxWarps = 12;
-constexpr int kElements = 8;  // (row, unit) pairs of a thread: 16 rows x 16 units by a warp
-
-FSQ_BOTH int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / kUnitTile); }
-
-FSQ_BOTH int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) {
-  return (p.B + plan.rows - 1) / plan.rows * p.D;
-}
-
-// Which rows and units a CTA and a thread own.
-struct Share {
-  int rank, units, rows, count;
-  int64_t d, b0, group, groups;
-
-  FSQ_DEVICE Share(const CudaScanParams& p, const CudaPlan& plan, int rank) : rank(rank) {
-    group = plan.first + blockIdx.x / plan.ranks;
-    groups = groups_of(p, plan);
-    units = plan.units;
-    rows = plan.rows;
-    count = units * rows;
-    d = group % p.D;
-    b0 = group / p.D * rows;
-  }
-  // The n-th element of this thread, neighbouring threads taking neighbouring units.
-  FSQ_DEVICE int element(int n) const { return int(threadIdx.x) + n * int(blockDim.x); }
-  FSQ_DEVICE Spot spot(int e, int64_t t) const { return {d, t, b0 + e / units, int64_t(rank) * units + e % units}; }
-  FSQ_DEVICE bool owns(const CudaScanParams& p, int e) const {
-    return e < count && b0 + e / units < p.B && int64_t(rank) * units + e % units < p.H;
-  }
-  // Steps that any row of the tile takes.
-  FSQ_DEVICE int64_t steps(const CudaScanParams& p) const {
-    if (!p.lengths) return p.T;
-    int64_t longest = 0;
-    for (int64_t b = b0; b < b0 + rows && b < p.B; ++b) longest = p.lengths[b] > longest ? p.lengths[b] : longest;
-    return longest;
-  }
-};
 
 template <class E>
 FSQ_DEVICE void clear(const Slices<E>& s) {
@@ -73,7 +35,7 @@ FSQ_DEVICE void give_up(const CudaScanParams& p) {
   __trap();
 }
 
-template <Cell C, class E, template <class> class Channel>
+template <Cell C, class E, template <class> class Channel, class Shape>
 struct ForwardMemory {
   static constexpr bool kTwo = C == Cell::gru_reset_before;
   Panel<E> w, w_n;
@@ -85,7 +47,8 @@ struct ForwardMemory {
   FSQ_BOTH static ForwardMemory carve(Arena& arena, const CudaPlan& plan) {
     ForwardMemory m;
     const int terms = plan.ranks * plan.units;
-    m.w = Panel<E>::carve(arena, kFirst<C>, plan.units, terms);
+    const int held = kHeldTiles<Shape, kFirst<C>> * parts_of(plan) * kTermTile;
+    m.w = Panel<E>::carve(arena, kFirst<C>, plan.units, terms, held);
     if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms);
     m.h = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     if (kTwo) m.rh = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
@@ -95,21 +58,11 @@ struct ForwardMemory {
   }
 };
 
-// Rows of W_hh of this rank's units, gates from `first` on; zeros beyond H.
-template <class E>
-FSQ_DEVICE void load_rows(const CudaScanParams& p, const Share& share, const Panel<E>& panel, int first, int gates) {
-  const E* const w = static_cast<const E*>(p.w_hh[share.d]);
-  for (int i = int(threadIdx.x); i < gates * panel.units * panel.terms; i += int(blockDim.x)) {
-    const int row = i / panel.terms, k = i % panel.terms;
-    const int64_t unit = int64_t(share.rank) * panel.units + row % panel.units, gate = first + row / panel.units;
-    const bool there = unit < p.H && k < p.H;
-    panel.data.store(row * panel.pitch() + k, there ? w[(gate * p.H + unit) * p.R + k] : narrow<E>(0));
-  }
-}
-
-template <Cell C, class E, template <class> class Channel>
+template <Cell C, class E, template <class> class Channel, class Shape>
 FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
-  typedef ForwardMemory<C, E, Channel> Memory;
+  typedef ForwardMemory<C, E, Channel, Shape> Memory;
+  constexpr int kElements = Shape::kElements, kRows = Shape::kRows;
+  typedef Forward<C, Stored<E>> Element;
   SharedArena arena = dynamic_shared();
   Memory m = Memory::carve(arena, plan);
   const Share share(p, plan, Channel<E>::rank(plan));
@@ -118,8 +71,11 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   char* const rest = m.h.bind(static_cast<char*>(p.workspace), share.group, share.groups);
   if constexpr (Memory::kTwo) m.rh.bind(rest, share.group, share.groups);
 
-  load_rows(p, share, m.w, 0, kFirst<C>);
-  if constexpr (Memory::kTwo) load_rows(p, share, m.w_n, 2, 1);
+  const WeightRows<E> weights{p, share, 0};
+  weights.load(m.w, kFirst<C>);
+  Held<kFirst<C>, kHeldTiles<Shape, kFirst<C>>> held;
+  held.load(m.w, parts, weights);
+  if constexpr (Memory::kTwo) WeightRows<E>{p, share, 2}.load(m.w_n, 1);
   clear(m.h.slices);
   if constexpr (Memory::kTwo) clear(m.rh.slices);
   __syncthreads();
@@ -130,11 +86,11 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       const Spot s{share.d, 0, share.b0 + b, int64_t(rank) * width + i % width};
       if (s.b < p.B && s.u < p.H)
         m.h.slices.data.store(m.h.slices.at(0, rank) + b * m.h.slices.pitch() + i % width,
-                              narrow<E>(initial<E>(p, p.h0, s, p.H)));
+                              narrow<E>(initial<Stored<E>>(p, p.h0, s, p.H)));
     }
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
-    if (share.owns(p, e)) m.state.store(e, initial<E>(p, C == Cell::lstm ? p.c0 : p.h0, share.spot(e, 0), p.H));
+    if (share.owns(p, e)) m.state.store(e, initial<Stored<E>>(p, C == Cell::lstm ? p.c0 : p.h0, share.spot(e, 0), p.H));
   }
   m.h.begin(share.rank);
   if constexpr (Memory::kTwo) m.rh.begin(share.rank);
@@ -146,14 +102,14 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   };
   for (int64_t i = 0; i < steps; ++i) {
     const int now = int(i & 1), turn = int(i);
-    Forward<C, E> element[kElements];
+    Element element[kElements];
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       const int e = share.element(n);
       if (share.owns(p, e)) element[n].load(p, share.spot(e, time_of(share.d, i, steps)));
     }
     bool arrived = i == 0 || m.h.wait(turn - 1);
-    if (arrived) multiply<kFirst<C>>(m.w, m.h.slices, now, parts, m.sums);
+    if (arrived) multiply<kFirst<C>, kRows>(m.w, held, m.h.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(p);
     if constexpr (Memory::kTwo) {
       FSQ_UNROLL
@@ -167,7 +123,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       }
       m.rh.publish(share.rank, turn);
       arrived = m.rh.wait(turn);
-      if (arrived) multiply<1>(m.w_n, m.rh.slices, 1 - now, parts, m.sums);
+      if (arrived) multiply<1, kRows>(m.w_n, Held<1, 0>(), m.rh.slices, 1 - now, parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(p);
     }
     FSQ_UNROLL
@@ -185,7 +141,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
         const float out = element[n].finish(p, s, sums, state);
         m.state.store(e, state);
         next = narrow<E>(out);
-        Forward<C, E>::emit(p, s, out);
+        Element::emit(p, s, out);
       } else {
         next = h.data[h.at(now, share.rank) + at];
       }
@@ -197,15 +153,15 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
     if (!share.owns(p, e)) continue;
-    const Slices<E>& h = m.h.slices;
-    const int64_t at = state_at(p, share.spot(e, 0), p.H);
-    static_cast<E*>(p.h_n)[at] = h.data[h.at(int(steps & 1), share.rank) + e / width * h.pitch() + e % width];
-    if (C == Cell::lstm) write<E>(p.c_n, at, m.state[e]);
+    const Spot s = share.spot(e, 0);
+    const int64_t at = state_at(p, s, p.H);
+    Element::end(p, s, at);
+    if (C == Cell::lstm) write<Stored<E>>(p.c_n, at, m.state[e]);
   }
   m.h.end();
 }
 
-template <Cell C, class E, template <class> class Channel>
+template <Cell C, class E, template <class> class Channel, class Shape>
 struct BackwardMemory {
   static constexpr bool kTwo = C == Cell::gru_reset_before;
   Panel<E> w, w_n;
@@ -216,7 +172,8 @@ struct BackwardMemory {
   template <class Arena>
   FSQ_BOTH static BackwardMemory carve(Arena& arena, const CudaPlan& plan) {
     BackwardMemory m;
-    m.w = Panel<E>::carve(arena, 1, plan.units, plan.ranks * kFed<C> * plan.units);
+    const int held = kHeldTiles<Shape, 1> * parts_of(plan) * kTermTile;
+    m.w = Panel<E>::carve(arena, 1, plan.units, plan.ranks * kFed<C> * plan.units, held);
     if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, plan.ranks * plan.units);
     m.fed = Channel<E>::carve(arena, plan.ranks, plan.rows, kFed<C> * plan.units);
     if (kTwo) m.dn = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
@@ -227,23 +184,11 @@ struct BackwardMemory {
   }
 };
 
-// Columns of W_hh of this rank's units, as rows; terms run over the slices of all ranks, `gates` blocks in each.
-template <class E>
-FSQ_DEVICE void load_columns(const CudaScanParams& p, const Share& share, const Panel<E>& panel, int first, int gates) {
-  const E* const w = static_cast<const E*>(p.w_hh[share.d]);
-  const int units = panel.units, width = gates * units;
-  for (int i = int(threadIdx.x); i < units * panel.terms; i += int(blockDim.x)) {
-    const int k = i / units, u = i % units;  // neighbouring threads read neighbouring addresses
-    const int64_t gate = first + k % width / units, row = int64_t(k / width) * units + k % units;
-    const int64_t unit = int64_t(share.rank) * units + u;
-    const bool there = unit < p.H && row < p.H;
-    panel.data.store(u * panel.pitch() + k, there ? w[(gate * p.H + row) * p.R + unit] : narrow<E>(0));
-  }
-}
-
-template <Cell C, class E, template <class> class Channel>
+template <Cell C, class E, template <class> class Channel, class Shape>
 FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan) {
-  typedef BackwardMemory<C, E, Channel> Memory;
+  typedef BackwardMemory<C, E, Channel, Shape> Memory;
+  constexpr int kElements = Shape::kElements, kRows = Shape::kRows;
+  typedef Backward<C, Stored<E>> Element;
   const CudaScanParams& f = p.fwd;
   SharedArena arena = dynamic_shared();
   Memory m = Memory::carve(arena, plan);
@@ -253,15 +198,18 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   char* const rest = m.fed.bind(static_cast<char*>(f.workspace), share.group, share.groups);
   if constexpr (Memory::kTwo) m.dn.bind(rest, share.group, share.groups);
 
-  load_columns(f, share, m.w, 0, kFed<C>);
-  if constexpr (Memory::kTwo) load_columns(f, share, m.w_n, 2, 1);
+  const WeightColumns<E> weights{f, share, 0, kFed<C>};
+  weights.load(m.w);
+  Held<1, kHeldTiles<Shape, 1>> held;
+  held.load(m.w, parts, weights);
+  if constexpr (Memory::kTwo) WeightColumns<E>{f, share, 2, 1}.load(m.w_n);
   clear(m.fed.slices);
   if constexpr (Memory::kTwo) clear(m.dn.slices);
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
     if (!share.owns(f, e)) continue;
-    m.carry.store(e, initial<E>(f, p.dh_n, share.spot(e, 0), f.H));
-    if (C == Cell::lstm) m.dc.store(e, initial<E>(f, p.dc_n, share.spot(e, 0), f.H));
+    m.carry.store(e, initial<Stored<E>>(f, p.dh_n, share.spot(e, 0), f.H));
+    if (C == Cell::lstm) m.dc.store(e, initial<Stored<E>>(f, p.dc_n, share.spot(e, 0), f.H));
   }
   m.fed.begin(share.rank);
   if constexpr (Memory::kTwo) m.dn.begin(share.rank);
@@ -276,17 +224,17 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     const int now = int(turn & 1), n_turn = int(turn);
     const bool last = turn == steps;
     const int64_t t = last ? -1 : time_of(share.d, steps - 1 - turn, steps);
-    Backward<C, E> element[kElements];
+    Element element[kElements];
     float upstream[kElements];
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       const int e = share.element(n);
       if (!share.owns(f, e)) continue;
       element[n].load(p, share.spot(e, t));
-      upstream[n] = element[n].live ? Backward<C, E>::upstream(p, share.spot(e, t)) : 0;
+      upstream[n] = element[n].live ? Element::upstream(p, share.spot(e, t)) : 0;
     }
     bool arrived = turn == 0 || m.fed.wait(n_turn - 1);
-    if (arrived) multiply<1>(m.w, m.fed.slices, now, parts, m.sums);
+    if (arrived) multiply<1, kRows>(m.w, held, m.fed.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(f);
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
@@ -315,7 +263,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     if constexpr (Memory::kTwo) {
       m.dn.publish(share.rank, n_turn);
       arrived = m.dn.wait(n_turn);
-      if (arrived) multiply<1>(m.w_n, m.dn.slices, 1 - now, parts, m.sums);
+      if (arrived) multiply<1, kRows>(m.w_n, Held<1, 0>(), m.dn.slices, 1 - now, parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {
@@ -334,38 +282,38 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     const int e = share.element(n);
     if (!share.owns(f, e)) continue;
     const int64_t at = state_at(f, share.spot(e, 0), f.H);
-    write<E>(p.dh0, at, m.carry[e]);
-    if (C == Cell::lstm) write<E>(p.dc0, at, m.dc[e]);
+    write<Stored<E>>(p.dh0, at, m.carry[e]);
+    if (C == Cell::lstm) write<Stored<E>>(p.dc0, at, m.dc[e]);
   }
   m.fed.end();
 }
 
-template <Cell C, class E, template <class> class Channel>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+template <Cell C, class E, template <class> class Channel, class Shape>
+__global__ void __launch_bounds__(32 * Shape::kWarps)
     persistent_forward(const __grid_constant__ CudaScanParams p, const __grid_constant__ CudaPlan plan) {
   if constexpr (Channel<E>::kCompiled)
-    forward_scan<C, E, Channel>(p, plan);
+    forward_scan<C, E, Channel, Shape>(p, plan);
   else
     __trap();
 }
-template <Cell C, class E, template <class> class Channel>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+template <Cell C, class E, template <class> class Channel, class Shape>
+__global__ void __launch_bounds__(32 * Shape::kWarps)
     persistent_backward(const __grid_constant__ CudaScanGradParams p, const __grid_constant__ CudaPlan plan) {
   if constexpr (Channel<E>::kCompiled)
-    backward_scan<C, E, Channel>(p, plan);
+    backward_scan<C, E, Channel, Shape>(p, plan);
   else
     __trap();
 }
 
 // Host side.
 
-template <Cell C, class E, template <class> class Channel>
+template <Cell C, class E, template <class> class Channel, class Shape>
 int persistent_bytes(const CudaPlan& plan, bool backward) {
   SharedArena arena;
   if (backward)
-    BackwardMemory<C, E, Channel>::carve(arena, plan);
+    BackwardMemory<C, E, Channel, Shape>::carve(arena, plan);
   else
-    ForwardMemory<C, E, Channel>::carve(arena, plan);
+    ForwardMemory<C, E, Channel, Shape>::carve(arena, plan);
   return arena.bytes();
 }
 
@@ -380,7 +328,7 @@ inline Launch persistent_launch(const char* name, const CudaScanParams& p, const
   return launch;
 }
 
-// f(c, e) for the cells and element types of the persistent tiers.
+// f(c, e) for the cells and operand types of the persistent tiers.
 template <class F>
 auto for_persistent(const CudaScanParams& p, F f) {
   return for_cell(p.cell, [&](auto c) {
@@ -390,8 +338,17 @@ auto for_persistent(const CudaScanParams& p, F f) {
       case DType::f16:
         return f(c, __half());
       default:
-        return f(c, float());
+        return p.tf32 ? f(c, Tf32()) : f(c, float());
     }
+  });
+}
+// f(c, e, shape): weights in registers are half types alone.
+template <class F>
+auto for_shape(const CudaScanParams& p, const CudaPlan& plan, F f) {
+  return for_persistent(p, [&](auto c, auto e) {
+    if constexpr (sizeof(e) == 2)
+      if (plan.holding) return f(c, e, Holding());
+    return f(c, e, Wide());
   });
 }
 

@@ -9,21 +9,40 @@
 #include <utility>
 
 #include "cuda/launch.h"
+#include "cuda/value.cuh"
 #include "fusedseq.h"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 
-// "lstm float32 B=3 H=5"
-inline std::string describe(Cell cell, DType dtype, std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+// Warps that share a tile of 16 units and split its terms.
+inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / 16); }
+
+// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, and registers of a thread for weights.
+struct Wide {
+  static constexpr int kWarps = 12, kRows = 16, kElements = 8, kHeld = 0;
+};
+// 256 threads have 255 registers each. All else needs about 100 of them, so 144 hold weights: of an LSTM's 4 gates by 9
+// tiles of 16 terms.
+struct Holding {
+  static constexpr int kWarps = 8, kRows = 8, kElements = 4, kHeld = 144;
+};
+// Tiles of 16 terms that a warp of this shape holds of a panel with so many gates.
+template <class Shape, int Gates>
+constexpr int kHeldTiles = Shape::kHeld / (4 * Gates);
+
+// "lstm float32 B=3 H=5", with what else decides about the kernel after the type.
+inline std::string describe(Cell cell, DType dtype, std::initializer_list<std::pair<const char*, int64_t>> sizes,
+                            const char* more = "") {
   static const char* const cells[] = {"lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"};
   static const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  std::string text = std::string(cells[int(cell)]) + " " + dtypes[int(dtype)];
+  std::string text = std::string(cells[int(cell)]) + " " + dtypes[int(dtype)] + more;
   for (const auto& [name, n] : sizes) text += std::string(" ") + name + "=" + std::to_string(n);
   return text;
 }
 inline std::string describe(const CudaScanParams& p) {
-  return describe(p.cell, p.dtype, {{"T", p.T}, {"B", p.B}, {"H", p.H}, {"R", p.R}, {"D", p.D}});
+  return describe(p.cell, p.dtype, {{"T", p.T}, {"B", p.B}, {"H", p.H}, {"R", p.R}, {"D", p.D}},
+                  p.dtype == DType::f32 && p.tf32 ? " tf32" : "");
 }
 
 // f(e) with e of the element type.
@@ -39,6 +58,12 @@ auto for_element(DType dtype, F f) {
     default:
       return f(float());
   }
+}
+// The same of a scan's operands, which may be narrower than its elements.
+template <class F>
+auto for_operand(const CudaScanParams& p, F f) {
+  if (p.dtype == DType::f32 && p.tf32) return f(Tf32());
+  return for_element(p.dtype, f);
 }
 template <Cell C>
 using CellConstant = std::integral_constant<Cell, C>;

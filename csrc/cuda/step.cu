@@ -1,8 +1,11 @@
 // Tier `step`: one launch for each step, or two where a second product must follow (projection, reset before the
 // product). Any H, any dtype, any device; the weights stream through the caches on every step.
 //
-// The products are tiles of 16 rows x 16 units, 32 terms at a time through shared memory, in the compute type. A block
-// computes all gates of its units, and the thread of each (row, unit) finishes it.
+// The products are tiles of 16 rows x 16 units, 32 terms at a time through shared memory, in the compute type or, of
+// operands rounded to TF32 as they come there, by the tensor cores. A block computes all gates of its units, and the
+// thread of each (row, unit) finishes it.
+//
+// Kernels are templates of the operand type E; tensors, and what lies between launches, have the type Stored<E>.
 #include "cuda/element.cuh"
 #include "cuda/launch.h"
 #include "cuda/scan.h"
@@ -12,6 +15,24 @@ namespace FSQ_ISA {
 namespace {
 
 constexpr int kTile = 16, kDepth = 32, kThreads = kTile * kTile;
+
+// In shared memory an operand is widened, unless the tensor cores take it as it is; rows are then aligned to 16 bytes,
+// and eight of them lie in different banks either way.
+template <class E>
+constexpr bool kTensorCores = std::is_same_v<E, Tf32>;
+template <class E>
+using Staged = std::conditional_t<kTensorCores<E>, E, Compute<E>>;
+template <class E>
+constexpr int kPitch = kDepth + (kTensorCores<E> ? 4 : 1);
+constexpr int kTermsOfMma = 8, kTermParts = kDepth / kTermsOfMma, kPartPitch = kTile + 1;
+
+template <class E>
+FSQ_DEVICE Staged<E> stage(Stored<E> x) {
+  if constexpr (kTensorCores<E>)
+    return operand<E>(x);
+  else
+    return widen(x);
+}
 
 // What a scan keeps between launches; [2] is read in one step and written for the next.
 template <class E>
@@ -46,19 +67,23 @@ struct Factor {
   const E* w;
   int64_t gate, unit, k;  // strides
 };
-template <int N, class E>
-FSQ_DEVICE void multiply(const E* a, int64_t pitch, int64_t rows, int64_t b0, Factor<E> w, int64_t units, int64_t u0,
-                         int64_t K, Compute<E> (&sums)[N]) {
+template <class E, int N>
+FSQ_DEVICE void multiply(const Stored<E>* a, int64_t pitch, int64_t rows, int64_t b0, Factor<Stored<E>> w,
+                         int64_t units, int64_t u0, int64_t K, Compute<E> (&sums)[N]) {
   typedef Compute<E> S;
-  constexpr int kPitch = kDepth + 1;
+  typedef Staged<E> X;
+  const X zero = stage<E>(narrow<Stored<E>>(0));
   SharedArena arena = dynamic_shared();
-  const SharedSpan<S> as = arena.take<S>(kTile * kPitch), ws = arena.take<S>(N * kTile * kPitch);
-  const int tid = int(threadIdx.x), b = tid / kTile, u = tid % kTile;
+  const SharedSpan<X> as = arena.take<X>(kTile * kPitch<E>), ws = arena.take<X>(N * kTile * kPitch<E>);
+  const int tid = int(threadIdx.x), b = tid / kTile, u = tid % kTile, warp = tid / 32, lane = tid % 32;
+  // By the tensor cores: units are the M of mma.sync, rows its N. A warp has 8 of the rows and every fourth 8 terms.
+  const int part = warp % kTermParts, row0 = warp / kTermParts * 8;
+  float acc[N][4] = {};
   for (int g = 0; g < N; ++g) sums[g] = S(0);
   for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
     for (int i = tid; i < kTile * kDepth; i += kThreads) {
       const int64_t row = b0 + i / kDepth, k = k0 + i % kDepth;
-      as.store(i / kDepth * kPitch + i % kDepth, row < rows && k < K ? widen(a[row * pitch + k]) : S(0));
+      as.store(i / kDepth * kPitch<E> + i % kDepth, row < rows && k < K ? stage<E>(a[row * pitch + k]) : zero);
     }
     for (int i = tid; i < N * kTile * kDepth; i += kThreads) {
       const int g = i / (kTile * kDepth), j = i % (kTile * kDepth);
@@ -66,20 +91,46 @@ FSQ_DEVICE void multiply(const E* a, int64_t pitch, int64_t rows, int64_t b0, Fa
       const int uu = w.k == 1 ? j / kDepth : j % kTile, kk = w.k == 1 ? j % kDepth : j / kTile;
       const int64_t unit = u0 + uu, k = k0 + kk;
       const bool there = unit < units && k < K;
-      ws.store((g * kTile + uu) * kPitch + kk, there ? widen(w.w[g * w.gate + unit * w.unit + k * w.k]) : S(0));
+      ws.store((g * kTile + uu) * kPitch<E> + kk, there ? stage<E>(w.w[g * w.gate + unit * w.unit + k * w.k]) : zero);
     }
     __syncthreads();
-    for (int k = 0; k < kDepth; ++k) {
-      const S x = as[b * kPitch + k];
+    if constexpr (kTensorCores<E>) {
+      const int k = part * kTermsOfMma;
+      uint32_t bs[2];
+      ptx::ldmatrix<2>(bs, as.address((row0 + lane % 8) * kPitch<E> + k + lane % 16 / 8 * 4));
       FSQ_UNROLL
-      for (int g = 0; g < N; ++g) sums[g] = fma(x, ws[(g * kTile + u) * kPitch + k], sums[g]);
+      for (int g = 0; g < N; ++g) {
+        uint32_t ws4[4];
+        ptx::ldmatrix<4>(ws4, ws.address((g * kTile + lane % 16) * kPitch<E> + k + lane / 16 * 4));
+        ptx::mma_m16n8k8_tf32(acc[g], ws4, bs);
+      }
+    } else {
+      for (int k = 0; k < kDepth; ++k) {
+        const S x = as[b * kPitch<E> + k];
+        FSQ_UNROLL
+        for (int g = 0; g < N; ++g) sums[g] = fma(x, ws[(g * kTile + u) * kPitch<E> + k], sums[g]);
+      }
     }
     __syncthreads();
+  }
+  if constexpr (kTensorCores<E>) {
+    const SharedSpan<float> parts = arena.take<float>(kTermParts * N * kTile * kPartPitch);
+    FSQ_UNROLL
+    for (int g = 0; g < N; ++g) FSQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = row0 + lane % 4 * 2 + i % 2, unit = lane / 4 + i / 2 * 8;
+      parts.store(((part * N + g) * kTile + row) * kPartPitch + unit, acc[g][i]);
+    }
+    __syncthreads();
+    FSQ_UNROLL
+    for (int g = 0; g < N; ++g) FSQ_UNROLL
+    for (int i = 0; i < kTermParts; ++i) sums[g] += parts[((i * N + g) * kTile + b) * kPartPitch + u];
   }
 }
 template <class E>
 constexpr int shared_bytes(int gates) {
-  return (gates + 1) * (kTile * (kDepth + 1) * int(sizeof(Compute<E>)) + 16);
+  const int staged = (gates + 1) * (kTile * kPitch<E> * int(sizeof(Staged<E>)) + 16);
+  return staged + (kTensorCores<E> ? kTermParts * gates * kTile * kPartPitch * 4 + 16 : 0);
 }
 
 FSQ_DEVICE Spot spot(int64_t t) {
@@ -108,16 +159,16 @@ FSQ_DEVICE void hand_on(const CudaScanParams& p, const StepMemory<E>& m, const S
 }
 
 template <Cell C, class E>
-__global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepMemory<E> m, int64_t i) {
+__global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i) {
   typedef Compute<E> S;
   const Spot s = spot(time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.H;
-  Forward<C, E> element;
+  Forward<C, Stored<E>> element;
   if (mine) element.load(p, s);
   S sums[kFirst<C>];
-  const Factor<E> w{static_cast<const E*>(p.w_hh[s.d]), p.H * p.R, p.R, 1};
-  multiply(m.fed[i & 1] + s.d * p.B * p.R, p.R, p.B, s.b - threadIdx.x / kTile, w, p.H, s.u - threadIdx.x % kTile, p.R,
-           sums);
+  const Factor<Stored<E>> w{static_cast<const Stored<E>*>(p.w_hh[s.d]), p.H * p.R, p.R, 1};
+  multiply<E>(m.fed[i & 1] + s.d * p.B * p.R, p.R, p.B, s.b - threadIdx.x / kTile, w, p.H, s.u - threadIdx.x % kTile,
+              p.R, sums);
   if (!mine) return;
   const int64_t at = state_at(p, s, p.H);
   if constexpr (C == Cell::gru_reset_before) {
@@ -128,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepM
       m.gates[at * 2] = element.gates[0];
       m.gates[at * 2 + 1] = element.gates[1];
     }
-    m.inner[at] = narrow<E>(rh);
+    m.inner[at] = narrow<Stored<E>>(rh);
   } else {
     S state = m.state[at], h = S(0);
     if (element.live) {
@@ -136,30 +187,31 @@ __global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepM
       m.state[at] = state;
     }
     if (C == Cell::lstm && p.w_hr[0])
-      m.inner[at] = narrow<E>(h);
+      m.inner[at] = narrow<Stored<E>>(h);
     else
       hand_on<C>(p, m, s, i, element.live, h);
-    if (C == Cell::lstm && i == p.T - 1) write<E>(p.c_n, at, state);
+    if (C == Cell::lstm && i == p.T - 1) write<Stored<E>>(p.c_n, at, state);
   }
 }
 
 // The second product of a step: h = W_hr (o tanh c), or the candidate of a GRU that resets before the product.
 template <Cell C, class E>
-__global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p, StepMemory<E> m, int64_t i) {
+__global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i) {
   typedef Compute<E> S;
   const Spot s = spot(time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.R;
-  const E* const w =
-      C == Cell::lstm ? static_cast<const E*>(p.w_hr[s.d]) : static_cast<const E*>(p.w_hh[s.d]) + 2 * p.H * p.R;
+  typedef Stored<E> W;
+  const W* const w =
+      C == Cell::lstm ? static_cast<const W*>(p.w_hr[s.d]) : static_cast<const W*>(p.w_hh[s.d]) + 2 * p.H * p.R;
   S sums[1];
-  multiply(m.inner + s.d * p.B * p.H, p.H, p.B, s.b - threadIdx.x / kTile, Factor<E>{w, 0, p.H, 1}, p.R,
-           s.u - threadIdx.x % kTile, p.H, sums);
+  multiply<E>(m.inner + s.d * p.B * p.H, p.H, p.B, s.b - threadIdx.x / kTile, Factor<Stored<E>>{w, 0, p.H, 1}, p.R,
+              s.u - threadIdx.x % kTile, p.H, sums);
   if (!mine) return;
   if constexpr (C == Cell::lstm) {
     hand_on<C>(p, m, s, i, s.t < length_of(p, s.b), sums[0]);
   } else {
     const int64_t at = state_at(p, s, p.H);
-    Forward<C, E> element;
+    Forward<C, Stored<E>> element;
     element.load(p, s);
     S h = m.state[at];
     if (element.live) {
@@ -206,7 +258,7 @@ FSQ_DEVICE void run_backward(const CudaScanGradParams& p, const StepMemory<E>& m
 // Step i of the forward scan backwards, in turn `turn`; i = -1 only gathers the gradients of the first states.
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads)
-    step_backward(CudaScanGradParams p, StepMemory<E> m, int64_t i, int64_t turn) {
+    step_backward(CudaScanGradParams p, StepMemory<Stored<E>> m, int64_t i, int64_t turn) {
   typedef Compute<E> S;
   const CudaScanParams& f = p.fwd;
   const bool last = i < 0, projected = C == Cell::lstm && f.w_hr[0];
@@ -214,29 +266,30 @@ __global__ void __launch_bounds__(kThreads)
   const bool mine = s.b < f.B && s.u < f.R;
   S sums[1];
   const int64_t K = kFed<C> * f.H;
-  multiply(m.fed[turn & 1] + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile,
-           Factor<E>{static_cast<const E*>(f.w_hh[s.d]), 0, 1, f.R}, f.R, s.u - threadIdx.x % kTile, K, sums);
+  multiply<E>(m.fed[turn & 1] + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile,
+              Factor<Stored<E>>{static_cast<const Stored<E>*>(f.w_hh[s.d]), 0, 1, f.R}, f.R, s.u - threadIdx.x % kTile,
+              K, sums);
   if (!mine) return;
   const int64_t at = state_at(f, s, f.R);
   S carry = m.carry[at] + sums[0];
   const bool live = !last && s.t < length_of(f, s.b);
   S dh = S(0);
   if (live) {
-    dh = carry + Backward<C, E>::upstream(p, s);
+    dh = carry + Backward<C, Stored<E>>::upstream(p, s);
     carry = S(0);
   }
   if (last) {
-    write<E>(p.dh0, at, carry);
+    write<Stored<E>>(p.dh0, at, carry);
     if (C == Cell::lstm)
       for (int64_t u = s.u; u < f.H; u += f.R) {
         const int64_t cell = (s.d * f.B + s.b) * f.H + u;
-        write<E>(p.dc0, cell, m.state[cell]);
+        write<Stored<E>>(p.dc0, cell, m.state[cell]);
       }
     return;
   }
   if (projected) {
-    m.inner[at] = narrow<E>(dh);
-    if (live) write<E>(p.dh.data, row_at(f, p.dh, s.t, s.b) + s.d * f.R + s.u, dh);
+    m.inner[at] = narrow<Stored<E>>(dh);
+    if (live) write<Stored<E>>(p.dh.data, row_at(f, p.dh, s.t, s.b) + s.d * f.R + s.u, dh);
   } else {
     run_backward<C>(p, m, s, turn, dh, carry);
   }
@@ -245,30 +298,31 @@ __global__ void __launch_bounds__(kThreads)
 
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads)
-    step_backward_second(CudaScanGradParams p, StepMemory<E> m, int64_t i, int64_t turn) {
+    step_backward_second(CudaScanGradParams p, StepMemory<Stored<E>> m, int64_t i, int64_t turn) {
   typedef Compute<E> S;
   const CudaScanParams& f = p.fwd;
   const Spot s = spot(time_of(blockIdx.z, i, f.T));
   const bool mine = s.b < f.B && s.u < f.H;
   const int64_t K = C == Cell::lstm ? f.R : f.H;
-  const E* const w =
-      C == Cell::lstm ? static_cast<const E*>(f.w_hr[s.d]) : static_cast<const E*>(f.w_hh[s.d]) + 2 * f.H * f.R;
+  typedef Stored<E> W;
+  const W* const w =
+      C == Cell::lstm ? static_cast<const W*>(f.w_hr[s.d]) : static_cast<const W*>(f.w_hh[s.d]) + 2 * f.H * f.R;
   S sums[1];
-  multiply(m.inner + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile, Factor<E>{w, 0, 1, f.H}, f.H,
-           s.u - threadIdx.x % kTile, K, sums);
+  multiply<E>(m.inner + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile, Factor<Stored<E>>{w, 0, 1, f.H}, f.H,
+              s.u - threadIdx.x % kTile, K, sums);
   if (!mine) return;
   if constexpr (C == Cell::lstm) {
     S past = S(0);
     run_backward<C>(p, m, s, turn, sums[0], past);
   } else {
-    Backward<C, E> element;
+    Backward<C, Stored<E>> element;
     element.load(p, s);
     if (!element.live) return;
     const int64_t at = state_at(f, s, f.H);
     S carry = m.carry[at];
     const S dr = element.through_reset(p, s, sums[0], carry);
     m.carry[at] = carry;
-    m.fed[~turn & 1][(s.d * f.B + s.b) * kFed<C> * f.H + s.u] = narrow<E>(dr);
+    m.fed[~turn & 1][(s.d * f.B + s.b) * kFed<C> * f.H + s.u] = narrow<Stored<E>>(dr);
   }
 }
 
@@ -284,10 +338,10 @@ Launch launch_of(const char* name, const CudaScanParams& p, int64_t units, int g
 
 template <Cell C, class E>
 std::string forward(const CudaScanParams& p) {
-  StepMemory<E> m;
+  StepMemory<Stored<E>> m;
   m.carve(static_cast<char*>(p.workspace), p, p.R);
   const int64_t widest = p.H > p.R ? p.H : p.R;
-  std::string error = run(&step_begin<C, E>, launch_of<E>("step_begin", p, widest, 0), p, m);
+  std::string error = run(&step_begin<C, Stored<E>>, launch_of<E>("step_begin", p, widest, 0), p, m);
   const Launch first = launch_of<E>("step_forward", p, p.H, kFirst<C>);
   const Launch second = launch_of<E>("step_forward_second", p, p.R, 1);
   for (int64_t i = 0; i < p.T && error.empty(); ++i) {
@@ -302,10 +356,10 @@ std::string forward(const CudaScanParams& p) {
 template <Cell C, class E>
 std::string backward(const CudaScanGradParams& p) {
   const CudaScanParams& f = p.fwd;
-  StepMemory<E> m;
+  StepMemory<Stored<E>> m;
   m.carve(static_cast<char*>(f.workspace), f, kFed<C> * f.H);
   const int64_t widest = f.H > f.R ? f.H : f.R;
-  std::string error = run(&step_backward_begin<C, E>, launch_of<E>("step_backward_begin", f, widest, 0), p, m);
+  std::string error = run(&step_backward_begin<C, Stored<E>>, launch_of<E>("step_backward_begin", f, widest, 0), p, m);
   const Launch first = launch_of<E>("step_backward", f, f.R, 1);
   const Launch second = launch_of<E>("step_backward_second", f, f.H, 1);
   int64_t turn = 0;
@@ -325,12 +379,11 @@ int64_t step_workspace(const CudaScanParams& p, bool backward) {
   return for_element(p.dtype, [&](auto e) { return StepMemory<decltype(e)>().carve(nullptr, p, fed); });
 }
 std::string step_forward(const CudaScanParams& p) {
-  return for_element(p.dtype, [&](auto e) {
-    return for_cell(p.cell, [&](auto c) { return forward<decltype(c)::value, decltype(e)>(p); });
-  });
+  return for_operand(
+      p, [&](auto e) { return for_cell(p.cell, [&](auto c) { return forward<decltype(c)::value, decltype(e)>(p); }); });
 }
 std::string step_backward(const CudaScanGradParams& p) {
-  return for_element(p.fwd.dtype, [&](auto e) {
+  return for_operand(p.fwd, [&](auto e) {
     return for_cell(p.fwd.cell, [&](auto c) { return backward<decltype(c)::value, decltype(e)>(p); });
   });
 }

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "cells/value.h"
 #include "cuda/span.cuh"
 #include "fusedseq.h"
@@ -42,6 +44,23 @@ FSQ_DEVICE S quotient(S a, S d, S l) {
   return fma(fma(-r, l, fma(-r, d, a)), y, r);
 }
 
+// float32 rounded to the 10 bits of mantissa that the tensor cores multiply: an operand. What lies in global memory is
+// float32 as it was.
+struct Tf32 {
+  float value;
+};
+template <class E>
+struct StoredOf {
+  typedef E type;
+};
+template <>
+struct StoredOf<Tf32> {
+  typedef float type;
+};
+// Of an operand type, the type of tensors.
+template <class E>
+using Stored = typename StoredOf<E>::type;
+
 template <class E>
 struct ComputeOf {
   typedef float type;
@@ -55,6 +74,7 @@ using Compute = typename ComputeOf<E>::type;
 
 FSQ_DEVICE float widen(float x) { return x; }
 FSQ_DEVICE double widen(double x) { return x; }
+FSQ_DEVICE float widen(Tf32 x) { return x.value; }
 FSQ_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 FSQ_DEVICE float widen(__half x) { return __half2float(x); }
 
@@ -69,6 +89,18 @@ FSQ_DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 template <>
 FSQ_DEVICE __half narrow<__half>(float x) {
   return __float2half_rn(x);
+}
+template <>
+FSQ_DEVICE Tf32 narrow<Tf32>(float x) {
+  return {__uint_as_float(ptx::to_tf32(x))};
+}
+// A tensor's element as an operand.
+template <class E>
+FSQ_DEVICE E operand(Stored<E> x) {
+  if constexpr (std::is_same_v<E, Stored<E>>)
+    return x;
+  else
+    return narrow<E>(x);
 }
 
 }  // namespace FSQ_ISA

@@ -19,15 +19,15 @@ import torch
 from fusedseq.backends import cuda_attention
 from fusedseq.backends.cuda_attention import attention_backward, attention_forward
 from fusedseq.backends.cuda_cell import cell_backward, cell_forward
-from fusedseq.backends.cuda_scan import scan_backward, scan_forward
+from fusedseq.backends.cuda_scan import scan_backward, scan_forward, tf32
 from fusedseq.backends.tensors import DTYPES
 
 if TYPE_CHECKING:
     from fusedseq.registry import Call
 
 __all__ = [
-    "attention_backward", "attention_forward", "cell_backward", "cell_forward", "device", "emulated", "missing", "name",
-    "scan_backward", "scan_forward", "supports",
+    "attention_backward", "attention_forward", "cell_backward", "cell_forward", "device", "emulated", "how", "missing",
+    "name", "scan_backward", "scan_forward", "supports",
 ]  # fmt: skip
 
 name = "cuda"
@@ -99,3 +99,8 @@ def supports(call: Call) -> str | None:
     if call.dtype not in DTYPES:
         return f"it has no kernel for {call.dtype}"
     return None
+
+
+def how(call: Call) -> str:
+    """What about a call depends on a setting of torch's, for `fusedseq.explain`; empty where nothing does."""
+    return "TF32" if type(call).__name__ == "ScanCall" and tf32(call.dtype) else ""

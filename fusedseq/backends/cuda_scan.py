@@ -2,6 +2,9 @@
 
 Notation: N rows of all time steps, in the order in which x has them; S the type that is computed in, float32 for half
 types. Gates, gate gradients and the reserve are dense over the N rows.
+
+float32 is multiplied as TF32 where torch would do so: the recurrence by torch's setting for recurrent layers, which is
+on by default (`tf32`), the products over all time steps by its setting for matrix products, which is off by default.
 """
 
 from __future__ import annotations
@@ -30,6 +33,19 @@ def _core() -> Any:
 
 def _compute(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether the products of the recurrence may round their operands to TF32: 10 bits of mantissa, float32 sums.
+
+    What torch's own recurrent layers ask on a GPU: `torch.backends.cudnn.rnn.fp32_precision`, and before torch 2.9
+    `torch.backends.cudnn.allow_tf32`. Read by every call, forward and backward alike.
+    """
+    if dtype != torch.float32:
+        return False
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    precision = getattr(rnn, "fp32_precision", None)
+    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
 
 
 @functools.cache
@@ -144,10 +160,15 @@ def _plan(core: Any, device: int | None, tier: int, *arguments: Any) -> Any:
     return core.plan(*arguments, tier)
 
 
-def plan(core: Any, x: Tensor, cell: str, sizes: tuple[int, ...], projected: bool, backward: bool) -> Any:
-    """How the device runs a scan of `sizes` T, B, H, R, D. The emulator's device may change, a GPU does not."""
+def plan(
+    core: Any, x: Tensor, cell: str, sizes: tuple[int, ...], projected: bool, backward: bool, rounded: bool
+) -> Any:
+    """How the device runs a scan of `sizes` T, B, H, R, D, its operands `rounded` to TF32 or not.
+
+    The emulator's device may change, a GPU does not.
+    """
     tier = -1 if config.settings.cuda_tier is None else core.tiers.index(config.settings.cuda_tier)
-    arguments = (tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes, projected, backward)
+    arguments = (tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes, projected, backward, rounded)
     if not x.is_cuda:
         return core.plan(*arguments, tier)
     return _plan(core, x.device.index, tier, *arguments)
@@ -224,7 +245,8 @@ def scan_forward(
     with _on(x) as stream:
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
-        chosen = plan(core, x, cell, sizes, bool(p.w_hr), False)
+        rounded = tf32(x.dtype)
+        chosen = plan(core, x, cell, sizes, bool(p.w_hr), False, rounded)
         workspace = _workspace(x, chosen)
         width = 0 if reserve is None else reserve.shape[2]
         core.scan_forward(
@@ -235,7 +257,7 @@ def scan_forward(
                 "h0": tensors.pointer(h0), "c0": tensors.pointer(c0), "resets": layout.given(resets),
                 "y": layout.given(y), "c_all": layout.given(c_all), "h_n": h_n.data_ptr(), "c_n": tensors.pointer(c_n),
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-                "recompute": save == Save.STATES, "workspace": _aligned(workspace), "stream": stream,
+                "recompute": save == Save.STATES, "tf32": rounded, "workspace": _aligned(workspace), "stream": stream,
                 "fault": _fault_word(str(x.device)).data_ptr(),
             },
         )  # fmt: skip
@@ -294,13 +316,15 @@ def scan_backward(
     core = _core()
     check_fault(x.device)
     with _on(x) as stream:
-        chosen = plan(core, x, cell, sizes, bool(p.w_hr), True)
+        rounded = tf32(x.dtype)
+        chosen = plan(core, x, cell, sizes, bool(p.w_hr), True, rounded)
         workspace = _workspace(x, chosen)
         arguments = {
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
             "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-            "workspace": _aligned(workspace), "stream": stream, "fault": _fault_word(str(x.device)).data_ptr(),
+            "tf32": rounded, "workspace": _aligned(workspace), "stream": stream,
+            "fault": _fault_word(str(x.device)).data_ptr(),
         }  # fmt: skip
         core.scan_backward(
             chosen, *codes, sizes,

@@ -7,7 +7,18 @@ import torch
 from fusedseq import registry
 
 from .cases import DTYPES, Case, Inputs, cases, make_inputs
-from .compare import Baseline, baseline, check, evaluate, judge, naive_scan, torch_has, torch_scan
+from .compare import (
+    Baseline,
+    baseline,
+    check,
+    evaluate,
+    judge,
+    naive_scan,
+    recurrent_tf32,
+    tf32_scan,
+    torch_has,
+    torch_scan,
+)
 
 __all__ = [
     "DTYPES",
@@ -23,6 +34,8 @@ __all__ = [
     "judge",
     "make_inputs",
     "naive_scan",
+    "recurrent_tf32",
+    "tf32_scan",
     "torch_has",
     "torch_scan",
 ]

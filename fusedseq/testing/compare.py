@@ -5,21 +5,28 @@ The truth is the reference in float64, on the inputs as rounded to the dtype und
 rounding floor relative to `||truth||` and `max |truth|` that grows with the logarithm of the number of terms in the
 longest sum. Where torch has no such feature the peer is the reference computing step by step in that same dtype.
 
+float32 with TF32 products is judged by the same rule, with another peer: the reference in float32 whose recurrent
+products round their operands to TF32 where a kernel does (`tf32_scan`), since torch's own kernel that does so needs a
+GPU. The floor remains float32's, so that nothing but those roundings is excused.
+
 A tensor of a few elements says little about what its dtype can do: where terms cancel or a gate saturates, its one peer
 may be exact by luck. If such a tensor fails, the reference in the same dtype on slightly moved inputs gives more peers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
 from fusedseq.reference import scan as reference
 
@@ -107,6 +114,56 @@ def naive_scan(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The reference with every operation rounded to the dtype of the inputs, float32 inside for none."""
     return reference.forward(cell, x, h0, c0, weights, compute_dtype=x.dtype, **options)
+
+
+def round_tf32(t: Tensor) -> Tensor:
+    """float32 rounded to the 10 bits of mantissa of TF32, to nearest, ties away from zero; still float32."""
+    bits = t.detach().view(torch.int32)
+    return torch.where(t.isfinite(), ((bits + 0x1000) & -0x2000).view(torch.float32), t.detach())
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """A recurrent product of TF32 operands. Its weight gradient is another product, over all steps: not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor) -> Tensor:  # [B, K], [M, K] -> [B, M]
+        ctx.save_for_backward(h, w)
+        return F.linear(round_tf32(h), round_tf32(w))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        h, w = ctx.saved_tensors
+        return round_tf32(grads[0]) @ round_tf32(w), grads[0].T @ h
+
+
+class _RoundedProducts(TorchFunctionMode):
+    """The products of a step, which are those of matrices, on operands rounded to TF32; that of all steps as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear or args[0].dim() != 2:
+            return func(*args, **(kwargs or {}))
+        x, w, bias = (*args, None)[:3]
+        product = _RoundedLinear.apply(x, w)
+        return product if bias is None else product + bias
+
+
+def tf32_scan(
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The reference in float32, operands of the recurrent products rounded to TF32: weights, states, gate gradients."""
+    with _RoundedProducts():
+        return reference.forward(cell, x, h0, c0, weights, **options)
+
+
+@contextlib.contextmanager
+def recurrent_tf32(allowed: bool) -> Iterator[None]:
+    """While the block runs, torch's setting lets recurrent layers (and convolutions) on a GPU use TF32, or not."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def evaluate(scan: Scan, inputs: Inputs, only: Sequence[str] | None = None) -> Outcome:
@@ -207,7 +264,7 @@ class Baseline:
 
 
 @functools.lru_cache(maxsize=512)
-def baseline(case: Case, dtype: torch.dtype, seed: int = 0) -> Baseline:
+def baseline(case: Case, dtype: torch.dtype, seed: int = 0, tf32: bool = False) -> Baseline:
     """Made once for all backends: truth and peer cost more than what they judge."""
     inputs = make_inputs(case, dtype, seed=seed)
     threads = torch.get_num_threads()
@@ -215,13 +272,13 @@ def baseline(case: Case, dtype: torch.dtype, seed: int = 0) -> Baseline:
     torch.set_num_threads(1)
     try:
         truth = evaluate(reference.forward, inputs.to(torch.float64))
-        peer = evaluate(torch_scan if torch_has(case) else naive_scan, inputs.to(dtype))
+        peer = evaluate(tf32_scan if tf32 else torch_scan if torch_has(case) else naive_scan, inputs.to(dtype))
     finally:
         torch.set_num_threads(threads)
     return Baseline(inputs, truth, peer)
 
 
-def _neighbours(inputs: Inputs, truth: Outcome, dtype: torch.dtype) -> Outcome:
+def _neighbours(inputs: Inputs, truth: Outcome, dtype: torch.dtype, scan: Scan) -> Outcome:
     """The largest error of each element over a few problems close to this one, each against its own truth."""
     gen = torch.Generator().manual_seed(0)
 
@@ -242,17 +299,17 @@ def _neighbours(inputs: Inputs, truth: Outcome, dtype: torch.dtype) -> Outcome:
             upstream={name: moved(g) for name, g in inputs.upstream.items()},
         )
         exact = evaluate(reference.forward, other.to(torch.float64))
-        for name, t in evaluate(reference.forward, other).items():
+        for name, t in evaluate(scan, other).items():
             errors[name] = torch.maximum(errors[name], (t.double() - exact[name]).abs())
     return errors
 
 
-def _second_look(errors: list[Error], base: Baseline, dtype: torch.dtype) -> list[Error]:
+def _second_look(errors: list[Error], base: Baseline, dtype: torch.dtype, scan: Scan) -> list[Error]:
     """Judge failures on few elements again, with more peers than the one that may have been lucky."""
     small = [e for e in errors if not e.ok and base.truth[e.name].numel() <= FEW]
     if not small:
         return errors
-    near = _neighbours(base.inputs, base.truth, dtype)
+    near = _neighbours(base.inputs, base.truth, dtype, scan)
     again = {}
     for e in small:
         norm, peak = (m / (s or 1.0) for m, s in zip(_sizes(near[e.name]), _sizes(base.truth[e.name]), strict=True))
@@ -262,11 +319,25 @@ def _second_look(errors: list[Error], base: Baseline, dtype: torch.dtype) -> lis
     return [again.get(e.name, e) for e in errors]
 
 
-def check(scan: Scan, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> None:
-    """Assert that a scan computes a case right: outputs, states and the gradient of every input."""
-    base = baseline(case, dtype, seed)
+def check(
+    scan: Scan,
+    case: Case,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    tf32: bool = False,
+) -> None:
+    """Assert that a scan computes a case right: outputs, states and the gradient of every input.
+
+    float32 by its own rule, or with `tf32` under the setting and by the rule of TF32 products.
+    """
+    base = baseline(case, dtype, seed, tf32)
     inputs = base.inputs if str(device) == "cpu" else make_inputs(case, dtype, device, seed)
-    errors = judge(evaluate(scan, inputs), base.truth, base.peer, dtype, terms=case.T * case.B)
-    wrong = [str(e) for e in _second_look(errors, base, dtype) if not e.ok]
+    with recurrent_tf32(tf32):
+        outcome = evaluate(scan, inputs)
+    errors = judge(outcome, base.truth, base.peer, dtype, terms=case.T * case.B)
+    near = tf32_scan if tf32 else reference.forward
+    wrong = [str(e) for e in _second_look(errors, base, dtype, near) if not e.ok]
     if wrong:
-        raise AssertionError("\n  ".join([f"{case.cell}-{short(dtype)}-{case}", *wrong]))
+        kind = "tf32" if tf32 else short(dtype)
+        raise AssertionError("\n  ".join([f"{case.cell}-{kind}-{case}", *wrong]))

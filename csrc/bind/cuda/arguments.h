@@ -22,6 +22,10 @@ class Arguments {
     const pybind11::object x = at(name);
     return x.is_none() ? otherwise : x.cast<int64_t>();
   }
+  bool flag(const char* name) const {
+    const pybind11::object x = at(name);
+    return !x.is_none() && x.cast<bool>();
+  }
   Rows rows(const char* name) const {
     const pybind11::object x = at(name);
     if (x.is_none()) return {nullptr, 0, 0};

@@ -49,15 +49,17 @@ CudaScanParams scan_params(int cell, int dtype, const py::tuple& sizes, const Ar
   p.c_n = a.pointer("c_n");
   p.reserve = a.rows("reserve");
   p.reserve_sd = a.number("reserve_sd", 0);
-  p.recompute = !a.at("recompute").is_none() && a.at("recompute").cast<bool>();
+  p.recompute = a.flag("recompute");
+  p.tf32 = a.flag("tf32");
   p.workspace = a.pointer("workspace");
   p.fault = a.pointer<uint32_t>("fault");
   p.stream = a.pointer("stream");
   return p;
 }
 
-CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, int tier) {
+CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, bool tf32, int tier) {
   CudaScanParams p = sized(cell, dtype, sizes);
+  p.tf32 = tf32;
   if (projected) p.w_hr[0] = p.w_hr[1] = &p;  // a plan asks only whether it is there
   CudaPlan plan{};
   check(cuda_plan(p, backward, tier, plan));
@@ -121,6 +123,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("rows", &CudaPlan::rows)
       .def_readonly("units", &CudaPlan::units)
       .def_readonly("warps", &CudaPlan::warps)
+      .def_readonly("holding", &CudaPlan::holding)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
       .def_readonly("zeroed", &CudaPlan::zeroed)

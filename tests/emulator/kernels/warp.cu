@@ -103,7 +103,47 @@ __global__ void tile(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
+// d[16,8] = a[16,8] b[8,8]^T in TF32, both rounded on their way into shared memory. Bugs: 1 A's upper and right quarter
+// exchanged, 2 the terms of B exchanged, 3 units and rows of the result exchanged, 4 the operands are not rounded, so
+// that the tensor core cuts them off, 5 the tile is read before the warp has written it.
+template <int Bug>
+__global__ void tile_tf32(const float* a, const float* b, float* d) {
+  SharedArena arena = dynamic_shared();
+  const SharedSpan<uint32_t> sa = arena.take<uint32_t>(16 * 8), sb = arena.take<uint32_t>(8 * 8);
+  const int lane = int(ptx::lane());
+  const auto operand = [](float x) { return Bug == 4 ? __float_as_uint(x) : ptx::to_tf32(x); };
+  for (int i = lane; i < 16 * 8; i += 32) sa.store(i, operand(a[i]));
+  for (int i = lane; i < 8 * 8; i += 32) sb.store(i, operand(b[i]));
+  if (Bug != 5) __syncwarp();
+  uint32_t ra[4], rb[2];
+  const int low = lane / 8 % 2, high = lane / 16;
+  ptx::ldmatrix<4>(ra, sa.address((lane % 8 + (Bug == 1 ? high : low) * 8) * 8 + (Bug == 1 ? low : high) * 4));
+  ptx::ldmatrix<2>(rb, sb.address(lane % 8 * 8 + (Bug == 2 ? 1 - low : low) * 4));
+  float sums[4] = {};
+  ptx::mma_m16n8k8_tf32(sums, ra, rb);
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int unit = g + (Bug == 3 ? i % 2 : i / 2) * 8, row = 2 * t + (Bug == 3 ? i / 2 : i % 2);
+    d[unit * 8 + row] = sums[i];
+  }
+}
+
+// The bits of n values rounded to TF32.
+__global__ void round_tf32(const float* in, uint32_t* out) { out[threadIdx.x] = ptx::to_tf32(in[threadIdx.x]); }
+
 }  // namespace
+
+FSQ_CASE tile_tf32_case(int bug, const float* a, const float* b, float* d) {
+  void (*const kernels[])(const float*, const float*, float*) = {tile_tf32<0>, tile_tf32<1>, tile_tf32<2>,
+                                                                 tile_tf32<3>, tile_tf32<4>, tile_tf32<5>};
+  Launch launch("tile_tf32", "", 1, 32);
+  launch.shared = (16 + 8) * 8 * 4;
+  return keep(run(kernels[bug], launch, a, b, d));
+}
+
+FSQ_CASE round_tf32_case(const float* in, uint32_t* out, int n) {
+  return keep(run(round_tf32, Launch("round_tf32", "n=" + std::to_string(n), 1, unsigned(n)), in, out));
+}
 
 FSQ_CASE warp_sum_case(int bug, const float* in, float* out, int n) {
   void (*const kernels[])(const float*, float*) = {warp_sum<0>, warp_sum<1>, warp_sum<2>, warp_sum<3>};
