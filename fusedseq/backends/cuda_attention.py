@@ -48,6 +48,11 @@ def supports(call: AttentionCall) -> str | None:
     return None
 
 
+def _wants_hopper() -> bool:
+    """Whether calls go to the kernels for compute capability 9.0 that these take."""
+    return config.settings.cuda_attention == "hopper"
+
+
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
     """Address and strides; 0 where there is one entry, whose stride says nothing of how rows are aligned."""
     sb, sh, sn = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
@@ -103,6 +108,8 @@ class Call:
 
     def named(self, stream: int | None) -> dict[str, Any]:
         found: dict[str, Any] = {"stream": stream, "seed": tensors.pointer(self.seed)}
+        if _wants_hopper():
+            found["fault"] = cuda_scan._fault_word(str(self.p.q.device)).data_ptr()
         if self.positions is not None and self.ranks is not None:
             found |= {
                 "positions": self.positions.data_ptr(), "positions_sb": tensors.batch_stride(self.positions),
@@ -127,6 +134,8 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     lse = p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out[..., : p.v.shape[3]], lse
+    if _wants_hopper():
+        cuda_scan.check_fault(p.q.device)
     call = Call(p)
     if p.cu_q is not None:  # rows behind the last sequence are not visited
         out.zero_()
@@ -143,7 +152,7 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
             }  # fmt: skip
         arguments = (call.sizes, call.tensors(out, lse), call.numbers(), named)
         core = cuda_scan._core()
-        hopper = config.settings.cuda_attention == "hopper" and not core.attention_hopper_refuses(*arguments)
+        hopper = _wants_hopper() and not core.attention_hopper_refuses(*arguments)
         (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
 
@@ -179,13 +188,16 @@ def attention_backward(
     slopes = None if dalibi is None else torch.zeros_like(lse)
     with cuda_scan._on(p.q) as stream:
         scratch = {"lse2": lse2.data_ptr(), "delta": delta.data_ptr(), "slopes": tensors.pointer(slopes)}
-        cuda_scan._core().attention_backward(
+        arguments = (
             call.sizes, call.tensors(out, lse), call.numbers(), call.named(stream) | scratch,
             (
                 _heads(dout), tensors.pointer(dlse), *(None if t is None else _heads(t) for t in (dq, dk, dv)),
                 _broadcast(dbias), tensors.pointer(dalibi), tensors.pointer(dsinks),
             ),
         )  # fmt: skip
+        core = cuda_scan._core()
+        hopper = _wants_hopper() and not core.attention_backward_hopper_refuses(*arguments)
+        (core.attention_backward_hopper if hopper else core.attention_backward)(*arguments)
     grads = (dq, dk, dv, dbias, dalibi, dsinks)
     return tuple(
         g[..., : t.shape[-1]].to(t.dtype) if need and g is not None and t is not None else None
