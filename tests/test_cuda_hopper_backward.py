@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from test_cuda_hopper import Spy, watched
 from torch import Tensor
 
+import fusedseq
+from fusedseq import config
 from fusedseq.backends import cuda_attention
 from fusedseq.ops.attention import run as attention
 from fusedseq.reference.attention import Problem
@@ -179,6 +182,36 @@ def test_a_producer_that_falls_silent_is_an_error(kernel: str, spy: Spy, monkeyp
     with pytest.raises(cuda_attention.cuda_scan.Fault, match="FUSEDSEQ_CUDA_ATTENTION=mma"):
         cuda_attention.cuda_scan.check_fault(torch.device("cpu"))
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "names", "reason"),
+    [
+        ("B1H1L9S9E64", "hopper", ("hopper", "hopper"), ""),
+        ("B1H1L9S9E32", "hopper", ("mma", "mma"), "not hopper: it is for heads of 64 or 128 elements"),
+        ("B1H1L9S9E64", None, ("mma", "mma"), ""),
+        ("B1H1L1S600E64", None, ("decode", "mma"), ""),
+    ],
+)
+def test_the_record_names_the_kernels(
+    text: str, kind: str | None, names: tuple[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention=kind))
+    x = make_attention(AttentionCase(text), torch.bfloat16)
+
+    def train() -> None:
+        q = x.problem.q.detach().requires_grad_()
+        attention(x.problem._replace(q=q))[0].backward(x.dout)
+
+    with cuda_emulated.device():
+        report = fusedseq.explain(train)
+    assert [(k.op, k.direction, k.backend) for k in report.kernels] == [
+        ("attention", "forward", "cuda"),
+        ("attention", "backward", "cuda"),
+    ]
+    assert tuple(k.name for k in report.kernels) == names
+    assert all(k.reason.startswith(reason) and bool(k.reason) == bool(reason) for k in report.kernels)
+    assert f"attention backward: {names[1]} of cuda" in str(report)
 
 
 def test_a_direct_call_of_what_it_refuses_raises() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedseq import config
+from fusedseq import config, registry
 from fusedseq.backends import cuda_scan, tensors
 from fusedseq.backends.cpu_attention import _broadcast, _dense, _like
 from fusedseq.reference.attention import Problem, threshold
@@ -51,6 +51,10 @@ def supports(call: AttentionCall) -> str | None:
 def _wants_hopper() -> bool:
     """Whether calls go to the kernels for compute capability 9.0 that these take."""
     return config.settings.cuda_attention == "hopper"
+
+
+def _note(direction: str, name: str, reason: str) -> None:
+    registry.note_kernel("attention", direction, "cuda", name, f"not hopper: {reason}" if reason else "")
 
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
@@ -152,7 +156,9 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
             }  # fmt: skip
         arguments = (call.sizes, call.tensors(out, lse), call.numbers(), named)
         core = cuda_scan._core()
-        hopper = _wants_hopper() and not core.attention_hopper_refuses(*arguments)
+        reason = core.attention_hopper_refuses(*arguments) if _wants_hopper() else ""
+        hopper = _wants_hopper() and not reason
+        _note("forward", "hopper" if hopper else "decode" if count > 1 else "mma", reason)
         (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
 
@@ -196,7 +202,9 @@ def attention_backward(
             ),
         )  # fmt: skip
         core = cuda_scan._core()
-        hopper = _wants_hopper() and not core.attention_backward_hopper_refuses(*arguments)
+        reason = core.attention_backward_hopper_refuses(*arguments) if _wants_hopper() else ""
+        hopper = _wants_hopper() and not reason
+        _note("backward", "hopper" if hopper else "mma", reason)
         (core.attention_backward_hopper if hopper else core.attention_backward)(*arguments)
     grads = (dq, dk, dv, dbias, dalibi, dsinks)
     return tuple(
