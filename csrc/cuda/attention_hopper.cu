@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_hopper(const __grid_constant__ CudaAttentionParams c, const __grid_constant__ Maps maps,
                      const Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  SharedArena arena = dynamic_shared();
+  DeviceArena arena;
   const Memory<E, W> m = Memory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise();
   __syncthreads();
@@ -271,6 +271,8 @@ std::string cuda_attention_hopper_refuses(const CudaAttentionParams& c) {
   if (!plain_logits(p))
     return "it takes no bias, table of booleans, ALiBi, softcap, dropout or global keys, and a positive scale only";
   if (p.L * p.B * p.Hq > int64_t(1) << 30) return "it counts queries of all heads in 32 bits";
+  if (p.L * p.Hq > (int64_t(1) << 26) * p.Hkv || p.S > int64_t(1) << 26)
+    return "it has no patience for tiles that more than 2^26 rows meet";
   if (c.parts > 1) return "it does not cut keys into parts, as few queries want it";
   if (p.S < 1) return "there are no keys";
   if (!boxes(p.q, p.L, p.Hq, p.B) || !boxes(p.k, p.S, p.Hkv, p.B) || !boxes(p.v, p.S, p.Hkv, p.B) || !aligned(p.out))

@@ -15,7 +15,7 @@ namespace FSQ_ISA {
 constexpr int kStream = 64;                // rows of a tile that goes past
 constexpr int kStreamTiles = kStream / 8;  // of 8 columns of accumulators
 constexpr int kOwnStages = 2, kStreamStages = 3;
-// What 65536 registers leave: 128 (40 + 2 232) of them are those that 384 threads begin with.
+// What 65536 registers leave: 128 (24 + 2 240) of them are those that 384 threads begin with.
 constexpr int kBringerRegisters = 24, kOwnerRegisters = 240;
 constexpr int kStreamCleared = 1;  // a named barrier
 
@@ -189,14 +189,14 @@ inline Schedule gradient_schedule(const AttentionParams& p, int64_t n, int64_t h
   return {int(tiles), int(heads), int(pairs), int(tiles * p.B * heads), int(p.Hq / p.Hkv), float(p.scale * kLog2e)};
 }
 
-// Launches `kernel`, which owns `own` and `own_y`, of n rows in `heads` heads.
-struct OwnedTensors {
+// The two tensors that a product of queries and keys and one of dout and values take rows from; n rows a head.
+struct Sides {
   const Heads *x, *y;
   int64_t n, heads;
 };
 template <class E, int W, class Kernel>
-std::string launch_gradients(Kernel kernel, const char* name, const CudaAttentionGradParams& g, const OwnedTensors& own,
-                             const OwnedTensors& stream, const Schedule& schedule, int sm_count) {
+std::string launch_gradients(Kernel kernel, const char* name, const CudaAttentionGradParams& g, const Sides& own,
+                             const Sides& stream, const Schedule& schedule, int sm_count) {
   if (schedule.total == 0) return "";
   const AttentionParams& p = g.fwd.a;
   SharedArena arena;

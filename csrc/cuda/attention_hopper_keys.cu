@@ -6,8 +6,8 @@
 // their rows. Heads of 64 elements leave room for K and V in registers too, which spares shared memory a third of its
 // traffic.
 //
-// The order of the products: S and dP of the next queries are issued before dK of the last ones is waited for;
-// exponentials run beside dP, gradients of logits beside dV.
+// Exponentials run beside dP, gradients of logits beside dV. Nothing is in flight from one tile of queries to the next:
+// heads of 128 elements leave no registers for that, and the other consumer's products fill the gap.
 #include "cuda/attention_hopper_gradients.cuh"
 
 namespace fusedseq {
@@ -76,7 +76,7 @@ struct Consumer {
   Stage<kStreamStages> stage;
   uint32_t k[kHeld ? W / 16 : 1][4], v[kHeld ? W / 16 : 1][4];
   float x[kStreamTiles][4], y[kStreamTiles][4], dk[W / 8][4], dv[W / 8][4];
-  uint32_t left[kStream / 16][4], left2[kStream / 16][4];
+  uint32_t weights[kStream / 16][4], slopes[kStream / 16][4];  // P^T and dS^T
 
   FSQ_DEVICE Consumer(const CudaAttentionGradParams& g, const Schedule& schedule, const M& m, int which)
       : g(g), schedule(schedule), m(m), which(which) {}
@@ -111,7 +111,7 @@ struct Consumer {
   FSQ_DEVICE float2 of_columns(const SharedSpan<float>& table, int n) const {
     return table.template load<float2>(stage.at() * kStream + accumulator_column(n, 0));
   }
-  // If some element of x is hidden, its part of `t` becomes `hidden`.
+  // Elements of `t` become `hidden` where structure hides them.
   FSQ_DEVICE void hide(float (&t)[kStreamTiles][4], float hidden) const {
     if (m.whole(own, stage, which)) return;
     const AttentionParams& p = g.fwd.a;
@@ -142,16 +142,16 @@ struct Consumer {
     // x as well: packed before, it would take registers beside those in flight, which there are not.
     ptx::wgmma_wait<0>(y, x);
     hide(y, 0.0f);
-    pack_columns<E>(left, x);
-    add(dv, left, m.stream[1]);
+    pack_columns<E>(weights, x);
+    add(dv, weights, m.stream[1]);
     FSQ_UNROLL
     for (int n = 0; n < kStreamTiles; ++n) {
       const float2 delta = of_columns(m.delta, n);
       FSQ_UNROLL
       for (int i = 0; i < 4; ++i) y[n][i] = x[n][i] * (y[n][i] - (i % 2 ? delta.y : delta.x));
     }
-    pack_columns<E>(left2, y);
-    add(dk, left2, m.stream[0]);
+    pack_columns<E>(slopes, y);
+    add(dk, slopes, m.stream[0]);
     ptx::wgmma_wait<0>(dk, dv);
     m.ring.release(stage.at());
     stage.step();
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_hopper_keys_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                  const __grid_constant__ GradientMaps maps, const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  SharedArena arena = dynamic_shared();
+  DeviceArena arena;
   const GradientMemory<E, W> m = GradientMemory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1 + 32, 2);  // tensors and tables
   __syncthreads();

@@ -55,7 +55,7 @@ struct Consumer {
 
   FSQ_DEVICE int group_row() const { return which * kGroupRows + int(threadIdx.x) % kGroup / 32 * 16; }
 
-  // If some element of x is hidden, its part of `t` becomes `hidden`.
+  // Elements of `t` become `hidden` where structure hides them.
   FSQ_DEVICE void hide(float (&t)[kStreamTiles][4], float hidden) const {
     if (m.whole(own, stage, which)) return;
     const AttentionParams& p = g.fwd.a;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                     const __grid_constant__ GradientMaps maps,
                                     const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  SharedArena arena = dynamic_shared();
+  DeviceArena arena;
   const GradientMemory<E, W> m = GradientMemory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1, 1);
   __syncthreads();

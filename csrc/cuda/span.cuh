@@ -84,11 +84,7 @@ class SharedArena {
   template <class T>
   FSQ_BOTH SharedSpan<T> take(int size, int align = 16) {
     used_ = (used_ + align - 1) / align * align;
-#ifdef __CUDA_ARCH__
-    char* data = base_ + used_;  // without the question below nvcc knows that this is shared memory
-#else
     char* data = base_ ? base_ + used_ : nullptr;
-#endif
     used_ += size * int(sizeof(T));
     return SharedSpan<T>(data, size);
   }
