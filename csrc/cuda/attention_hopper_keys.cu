@@ -12,15 +12,16 @@
 
 namespace fusedseq {
 namespace FSQ_ISA {
-namespace {
 
 // The queries of a head that see keys from j0 on; tiles that need no mask.
-FSQ_DEVICE Range rows_to_meet(const AttentionParams& p, const Sequence& s, int j0, int keys) {
+FSQ_DEVICE Range queries_to_meet(const AttentionParams& p, const Sequence& s, int j0, int keys) {
   if (j0 >= s.S) return {0, 0, 0, 0};
   const Range all = queries_of_keys(p, s, j0, least(j0 + keys, s.S) - 1);
   return {all.first / kStream * kStream, up_to(all.inner_first, kStream), j0 + keys > s.S ? 0 : all.inner_last,
           all.last};
 }
+
+namespace {
 
 // One thread of the producer plans tiles. Every query head is a pair of its own in `p` (p.Hkv = p.Hq).
 template <class E, int W>
@@ -34,10 +35,10 @@ FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule,
     const Sequence s(p, work.n);
     m.owned.wait_empty(own, g.fwd.fault);
     for (int n = 0; n < kConsumers; ++n)
-      m.arrange_inner(own, n, rows_to_meet(p, s, work.first + n * kGroupRows, kGroupRows));
+      m.arrange_inner(own, n, queries_to_meet(p, s, work.first + n * kGroupRows, kGroupRows));
     m.arrange(own, kStreamHead, work.hkv * group);
     m.arrange(own, kStreamHeads, group);
-    m.bring_own(own, work, s, rows_to_meet(p, s, work.first, kHopperRows), maps);
+    m.bring_own(own, work, s, queries_to_meet(p, s, work.first, kHopperRows), maps);
   });
   m.end_plans(own, g.fwd.fault);
 }
