@@ -16,7 +16,10 @@ TRAINING_PASSES = 3.5
 
 @dataclass(frozen=True)
 class AttentionCase(Case, kind="attention"):
-    """One call. `window` keys are seen by each query, itself the last of them; it goes with `causal`."""
+    """One call. `window` keys are seen by each query, itself the last of them; it goes with `causal`.
+
+    `lengths`: each batch row has keys of its own number. `bias`: a table [H, L, S] is added to the logits, and trained.
+    """
 
     B: int
     H: int
@@ -27,6 +30,8 @@ class AttentionCase(Case, kind="attention"):
     causal: bool = False
     window: int = 0  # 0: none
     dropout: float = 0.0
+    lengths: bool = False
+    bias: bool = False
 
     @property
     def keys(self) -> int:
@@ -44,26 +49,42 @@ class AttentionCase(Case, kind="attention"):
             f"S{self.S}" if self.S else "",
             f"E{self.E}",
             f"window{self.window}" if self.window else "causal" if self.causal else "",
+            "lengths" if self.lengths else "",
+            "bias" if self.bias else "",
             f"dropout{self.dropout:g}" if self.dropout else "",
         ]
 
+    def key_lengths(self) -> list[int]:
+        """Keys of each batch row: from half to all of them, evenly; a single row has three quarters."""
+        if not self.lengths:
+            return [self.keys] * self.B
+        if self.B == 1:
+            return [max(1, 3 * self.keys // 4)]
+        return [max(1, self.keys // 2 + (self.keys - self.keys // 2) * b // (self.B - 1)) for b in range(self.B)]
+
     def pairs(self) -> int:
-        """Pairs of a query and a key that it sees, of one head."""
-        if not self.causal:
-            return self.L * self.keys
-        return sum(min(i + 1, self.keys, self.window or self.keys) for i in range(self.L))
+        """Pairs of a query and a key that it sees, of one head in all batch rows."""
+        found = {}
+        for keys in set(self.key_lengths()):
+            if self.causal:
+                reach = self.window or self.keys
+                found[keys] = sum(max(0, min(i + 1, keys) - max(0, i + 1 - reach)) for i in range(self.L))
+            else:
+                found[keys] = self.L * keys
+        return sum(found[keys] for keys in self.key_lengths())
 
     def operations(self) -> int:
         passes = TRAINING_PASSES if self.mode == "training" else 1
-        return int(passes * 4 * self.B * self.H * self.E * self.pairs())
+        return int(passes * 4 * self.H * self.E * self.pairs())
 
     def compulsory_bytes(self) -> int:
         values = 2 * self.B * self.E * (self.H * self.L + self.key_heads * self.keys)
-        return values * BYTES[self.dtype] * (2 if self.mode == "training" else 1)
+        table = self.H * self.L * self.keys if self.bias else 0
+        return (values + table) * BYTES[self.dtype] * (2 if self.mode == "training" else 1)
 
     def tiny(self) -> AttentionCase:
         few = 1 if self.L == 1 else 8
-        return self.but(B=1, L=few, S=8 if self.S else 0, window=min(self.window, 4))
+        return self.but(B=2 if self.lengths else 1, L=few, S=8 if self.S else 0, window=min(self.window, 4))
 
 
 def _both(*sizes: dict[str, Any]) -> Iterator[Case]:
@@ -129,9 +150,15 @@ def _gpu() -> Iterator[Case]:
 
 
 def _gpu_more() -> Iterator[Case]:
-    long, short = (2, 16, 8192, 128), (4, 16, 2048, 128)
-    yield from _both(*_sizes(long, causal=True, window=512), *_sizes(long, causal=True, K=2))
-    yield from _both(*_sizes(short, causal=True, dropout=0.1))
+    """Of each kind one size of 16384 tokens and more, for heads of 64 and 128."""
+    for E in (128, 64):
+        H = 2048 // E
+        long, middle, short = (2, H, 8192, E), (4, H, 4096, E), (4, H, 2048, E)
+        yield from _both(*_sizes(long, causal=True, window=512))
+        yield from _both(*_sizes(middle, lengths=True))
+        yield from _both(*_sizes(short, bias=True))
+        yield from (case for case in _both(*_sizes(short, causal=True, dropout=0.1)) if case.mode == "training")
+    yield from _both(*_sizes((2, 16, 8192, 128), causal=True, K=2))
     for S in (4096, 65536):
         yield AttentionCase("attention", "inference", 8, 32, 1, 128, S=S, K=4)
 
@@ -162,7 +189,9 @@ SETS: dict[str, Set] = {
     "attention-bf16": Set("bfloat16, E >= 32", _bfloat16, dtype="bfloat16", goal=Goal(1.5, 1.5)),
     "attention-decode": Set("decode: L = 1, S = 512, 4096, GQA 8:1", _decode, goal=Goal(1.5)),
     "attention-gpu": Set("full and causal, E = 64, 128, L = 512 to 16384, for a GPU", _gpu, dtype="bfloat16"),
-    "attention-gpu-more": Set("window, grouped heads, dropout, decoding, for a GPU", _gpu_more, dtype="bfloat16"),
+    "attention-gpu-more": Set(
+        "window, lengths, bias, grouped heads, dropout, decoding, for a GPU", _gpu_more, dtype="bfloat16"
+    ),
     "attention-memory": Set("peak memory over L, for `fusedseq bench memory`", _memory),
     "scaling-L": Set("growth of attention over L", _growth),
 }

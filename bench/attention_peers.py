@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedseq
+from fusedseq import config
 from fusedseq.testing.compare import HALF
 
 from .attention_cases import AttentionCase
 from .attention_work import SEED, AttentionWork, Function, drive, without_dropout
 from .timing import timed
 from .work import Refusal, Runner
+
+Table = Callable[[], Tensor]  # made at every call, where a gradient goes through it
 
 # Eager attention keeps several L x S matrices per head; beyond so many logits they fill a machine's memory.
 EAGER_LOGITS = 2**28
@@ -29,13 +34,16 @@ LONG = 0.3
 def ours(work: AttentionWork) -> Runner | Refusal:
     case: AttentionCase = work.case
     window = (case.window - 1, None) if case.window else None
-    mask = fusedseq.Mask("top-left", window) if case.causal else None
+    structured = case.causal or case.lengths
+    mask = None
+    if structured:
+        mask = fusedseq.Mask("top-left" if case.causal else None, window, key_lengths=work.key_lengths)
 
     def known(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = SEED if case.dropout else None
-        return fusedseq.attention(q, k, v, mask=mask, dropout_p=case.dropout, seed=seed)
+        return fusedseq.attention(q, k, v, mask=mask, bias=work.bias, dropout_p=case.dropout, seed=seed)
 
-    if case.window:
+    if case.window or case.lengths or case.bias:
         return drive(work, known)
     grouped = case.key_heads != case.H
 
@@ -45,46 +53,88 @@ def ours(work: AttentionWork) -> Runner | Refusal:
     return drive(work, function, known if case.dropout else None)
 
 
+def _around(runner: Runner, scope: Callable[[], AbstractContextManager[Any]]) -> Runner:
+    """The same runner, all that it does within a scope."""
+
+    def within(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with scope():
+                return call()
+
+        return run
+
+    return replace(runner, call=within(runner.call), results=within(runner.results))
+
+
 def triton(work: AttentionWork) -> Runner | Refusal:
     """Ours on the Triton kernels, beside whichever backend the registry takes."""
     module = fusedseq.registry.backends()["triton"]
     if work.case.device != "cuda" or (why := module.missing()) is not None:
         return Refusal("not on a CPU" if work.case.device != "cuda" else f"not usable: {why}")
     built = ours(work)
-    if isinstance(built, Refusal):
-        return built
+    return built if isinstance(built, Refusal) else _around(built, lambda: fusedseq.use_backend("triton"))
 
-    def named(call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with fusedseq.use_backend("triton"):
-                return call()
 
-        return run
+@contextlib.contextmanager
+def _cuda_kernels(name: str) -> Iterator[None]:
+    before = config.settings
+    config.settings = replace(before, cuda_attention=name)
+    try:
+        with fusedseq.use_backend("cuda"):
+            yield
+    finally:
+        config.settings = before
 
-    return replace(built, call=named(built.call), results=named(built.results))
+
+def cuda_kernels(name: str) -> Callable[[AttentionWork], Runner | Refusal]:
+    """Ours on one kind of the CUDA kernels: "mma" or "hopper"; what runs on another kind is refused."""
+
+    def build(work: AttentionWork) -> Runner | Refusal:
+        if (why := fusedseq.registry.backends()["cuda"].missing()) is not None:
+            return Refusal(f"not usable: {why}")
+        built = ours(work)
+        if isinstance(built, Refusal):
+            return built
+        runner = _around(built, lambda: _cuda_kernels(name))
+        try:
+            with fusedseq.registry.record() as ran:
+                runner.call()
+        except fusedseq.registry.BackendError as error:
+            return Refusal(str(error))
+        others = [str(one) for one in ran.kernels if one.name != name]
+        return Refusal(f"not {name}: {others[0]}") if others else runner
+
+    return build
 
 
 def torch_sdpa(work: AttentionWork) -> Runner | Refusal:
     """torch.nn.functional.scaled_dot_product_attention; a window is a table, boolean or added."""
     case: AttentionCase = work.case
-    tables: dict[str, Tensor | None] = {"": None}
-    if case.window:
-        tables = {"bool": work.table(), "added": _added(work)}
+    tables: dict[str, Table | None] = {"": None}
+    if case.bias:
+        tables = {"added": work.added}
+    elif work.tabled:
+        seen, sums = work.table(), work.added()
+        tables = {"bool": lambda: seen, "added": lambda: sums}
 
     def forms(dropout: float) -> dict[str, Function]:
         found: dict[str, Function] = {}
         for name, table in tables.items():
             causal = case.causal and table is None
 
-            def form(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = table, causal: bool = causal) -> Tensor:
+            def form(
+                q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, table: Table | None = table,
+                causal: bool = causal,
+            ) -> Tensor:  # fmt: skip
                 grouped = q.shape[1] != k.shape[1]
-                return F.scaled_dot_product_attention(q, k, v, table, dropout, causal, enable_gqa=grouped)
+                mask = table() if table and rows is None else rows
+                return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
             found[name] = form
             if case.key_heads != case.H:
                 found[f"{name} repeated"] = _repeated(form)
-                if not causal:
-                    found[f"{name} folded"] = _folded(form, case, table)
+                if not causal and not (case.bias or case.lengths):
+                    found[f"{name} folded"] = _folded(form, case, table() if table else None)
         return found
 
     return _fastest(work, forms)
@@ -95,12 +145,14 @@ def eager(work: AttentionWork) -> Runner | Refusal:
     case: AttentionCase = work.case
     if case.B * case.H * case.L * case.keys > EAGER_LOGITS:
         return Refusal(f"over {EAGER_LOGITS} logits are more than eager attention is given memory for")
-    table = _added(work) if case.causal else None
+    structured, varied = case.causal or case.lengths, case.lengths or case.bias
+    table = work.added() if structured and not case.bias else None
 
     def forms(dropout: float) -> dict[str, Function]:
         def scaled(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = table) -> Tensor:
             s = q * case.E**-0.5 @ k.mT
-            return _weighted(s if table is None else s + table, v, dropout)
+            added = work.added() if case.bias else table
+            return _weighted(s if added is None else s + added, v, dropout)
 
         def fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = table) -> Tensor:
             a, b = q.flatten(0, 1), k.flatten(0, 1).mT
@@ -108,12 +160,14 @@ def eager(work: AttentionWork) -> Runner | Refusal:
             s = torch.baddbmm(start, a, b, beta=0 if table is None else 1, alpha=case.E**-0.5)
             return _weighted(s.unflatten(0, q.shape[:2]), v, dropout)
 
-        found: dict[str, Function] = {"scaled": scaled, "fused": fused}
+        # Tables that differ between heads or batch rows do not fit the second form.
+        found: dict[str, Function] = {"scaled": scaled} if varied else {"scaled": scaled, "fused": fused}
         if case.key_heads == case.H:
             return found
-        found |= {f"{name} repeated": _repeated(form) for name, form in found.items()}
-        found |= {f"{name} folded": _folded(found[name], case, table) for name in ("scaled", "fused")}
-        return {name: form for name, form in found.items() if " " in name}
+        repeated = {f"{name} repeated": _repeated(form) for name, form in found.items()}
+        if varied:
+            return repeated
+        return repeated | {f"{name} folded": _folded(found[name], case, table) for name in ("scaled", "fused")}
 
     # In a half type scores and probabilities are rounded in between, which torch's kernel does not do. That is what its
     # users get, so it is no reason to leave a fast peer out: it is judged by the same steps in the same type.
@@ -123,12 +177,6 @@ def eager(work: AttentionWork) -> Runner | Refusal:
 def _weighted(s: Tensor, v: Tensor, dropout: float) -> Tensor:
     weights = s.softmax(-1)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
-
-
-def _added(work: AttentionWork) -> Tensor:
-    """The table of a mask as it is added to logits, [L, S]."""
-    table = work.table()
-    return torch.zeros(table.shape, dtype=work.dtype, device=table.device).masked_fill(~table, float("-inf"))
 
 
 def _repeated(form: Function) -> Function:
@@ -181,13 +229,14 @@ def sdpa_kernel(name: str) -> Callable[[AttentionWork], Runner | Refusal]:
         from torch.nn.attention import SDPBackend
         from torch.nn.attention import sdpa_kernel as only
 
-        table = work.table() if case.window else None
+        table = work.table() if work.tabled and not case.bias else None
 
         def forms(dropout: float) -> dict[str, Function]:
             def form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                grouped, causal = q.shape[1] != k.shape[1], case.causal and table is None
+                mask = work.added() if case.bias else table
+                grouped, causal = q.shape[1] != k.shape[1], case.causal and mask is None
                 with only(getattr(SDPBackend, name)):
-                    return F.scaled_dot_product_attention(q, k, v, table, dropout, causal, enable_gqa=grouped)
+                    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
             return {name: form}
 
@@ -210,15 +259,24 @@ def flex(work: AttentionWork) -> Runner | Refusal:
 
     torch._dynamo.reset()
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    reach = case.window or case.keys
+    reach, lengths, bias = case.window or case.keys, work.key_lengths, work.bias
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < reach)
+        near = (j <= i) & (i - j < reach) if case.causal else j < case.keys
+        return near if lengths is None else near & (j < lengths[b])
 
-    block = create_block_mask(seen, None, None, case.L, case.keys, case.device) if case.causal else None
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if bias is None else score + bias[0, h, i, j]
+
+    block = None
+    if case.causal or case.lengths:
+        rows = case.B if case.lengths else None
+        block = create_block_mask(seen, rows, None, case.L, case.keys, case.device)
+    score = None if bias is None else biased
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = compiled(q, k, v, block_mask=block, enable_gqa=case.key_heads != case.H)
+        grouped = case.key_heads != case.H
+        out: Tensor = compiled(q, k, v, score_mod=score, block_mask=block, enable_gqa=grouped)
         return out
 
     runner = drive(work, function)
@@ -234,6 +292,8 @@ def flex(work: AttentionWork) -> Runner | Refusal:
 BUILD: dict[str, Callable[[AttentionWork], Runner | Refusal]] = {
     "fusedseq": ours,
     "triton": triton,
+    "cuda-mma": cuda_kernels("mma"),
+    "cuda-hopper": cuda_kernels("hopper"),
     "torch": torch_sdpa,
     "eager": eager,
     "flex": flex,

@@ -38,8 +38,11 @@ class AttentionWork(Work):
         self.q = normal(case.B, case.H, case.L, case.E)
         self.k, self.v = (normal(case.B, case.key_heads, case.keys, case.E) for _ in range(2))
         self.dout = normal(case.B, case.H, case.L, case.E)
+        self.bias = normal(1, case.H, case.L, case.keys).requires_grad_(self.training) if case.bias else None
+        self.key_lengths = torch.tensor(case.key_lengths(), device=case.device) if case.lengths else None
         self.problem = Problem(
-            self.q, self.k, self.v, seed=torch.tensor(SEED) if case.dropout else None,
+            self.q, self.k, self.v, bias=None if self.bias is None else self.bias.detach(),
+            key_lengths=self.key_lengths, seed=torch.tensor(SEED) if case.dropout else None,
             causal=TOP_LEFT if case.causal else 0, left=case.window - 1, right=0 if case.causal else -1,
             scale=case.E**-0.5, dropout_p=case.dropout,
         )  # fmt: skip
@@ -52,9 +55,25 @@ class AttentionWork(Work):
     def key(self) -> Hashable:
         return self.case, self.stepwise
 
+    @property
+    def tabled(self) -> bool:
+        """Whether torch's kernels need a table to say what is seen."""
+        return bool(self.case.window or self.case.lengths)
+
     def table(self) -> Tensor:
-        """Which keys a query sees, bool [L, S]."""
-        return reference.visible(self.problem)[0, 0]
+        """Which keys a query sees, bool [L, S], or [B, 1, 1 or L, S] if batch rows differ."""
+        seen = reference.visible(self.problem)
+        if not self.case.lengths:
+            return seen[0, 0]
+        return seen if self.case.causal else seen[:, :, :1]
+
+    def added(self) -> Tensor:
+        """The table of a mask, and the bias, as they are added to logits. Differentiable if the bias is."""
+        if self.bias is not None and not (self.case.causal or self.case.lengths):
+            return self.bias
+        table = self.table()
+        start = torch.zeros((), dtype=self.dtype, device=table.device) if self.bias is None else self.bias
+        return start.masked_fill(~table, float("-inf"))
 
     def truth(self) -> Outcome:
         """With dropout, that of the seed `SEED` in this project's random numbers."""
@@ -67,7 +86,7 @@ class AttentionWork(Work):
         if self.stepwise:
             outcome, _ = blocked(self.problem, self.dout, self.dtype, self.training)
             return outcome
-        table = self.table() if case.window else None
+        table = self.added() if case.bias else self.table() if self.tabled else None
 
         def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             causal, grouped = case.causal and table is None, case.key_heads != case.H
@@ -91,43 +110,55 @@ def without_dropout(work: AttentionWork, stepwise: bool = False) -> AttentionWor
 def blocked(
     p: Problem, dout: Tensor, dtype: torch.dtype, gradients: bool
 ) -> tuple[Outcome, dict[str, tuple[float, float]]]:
-    """out, and with `gradients` dq, dk and dv, computed in `dtype`: the specification, some rows of a head at a time.
+    """out, and with `gradients` dq, dk, dv and dbias, in `dtype`: the specification, some rows of a head at a time.
 
-    Also norm and maximum of what dq and dk would be if nothing in a gradient of a logit cancelled, which the rule for
-    attention's gradients goes by (`fusedseq.testing.attention_compare`). Causal, windows, grouped heads, dropout.
+    Also norm and maximum of what dq, dk and dbias would be if nothing in a gradient of a logit cancelled, which the
+    rule for attention's gradients goes by (`fusedseq.testing.attention_compare`). Causal, windows, key lengths, grouped
+    heads, dropout, a bias [1, H, L, S].
     """
     B, H, L, _ = p.q.shape
     G, S = H // p.k.shape[1], p.k.shape[2]
     q, k, v, dout = (t.to(dtype) for t in (p.q, p.k, p.v, dout))
     out, dq, dk, dv = (torch.zeros_like(t) for t in (dout, q, k, v))
     plain_q, plain_k = torch.zeros_like(q), torch.zeros_like(k)
+    bias = None if p.bias is None else p.bias.to(dtype)
+    dbias, plain_bias = (None, None) if bias is None else (torch.zeros_like(bias), torch.zeros_like(bias))
     kept = reference.dropout_scale(p._replace(q=q)) if p.dropout_p else None
     for rows in torch.arange(L, device=p.q.device).split(max(1, BLOCK // (B * S))):
-        seen = reference.visible(p, rows)[0, 0]
-        columns = seen.any(0).nonzero()
+        seen = reference.visible(p, rows)[:, 0]
+        columns = seen.any(0).any(0).nonzero()
         some = slice(int(columns[0]), int(columns[-1]) + 1)
         at = slice(int(rows[0]), int(rows[-1]) + 1)
-        hidden = ~seen[:, some]
+        hidden = ~seen[..., some]
         for h in range(H):
             g = h // G
             qh, kh, vh, doh = q[:, h, at], k[:, g, some], v[:, g, some], dout[:, h, at]
-            P, _ = reference._normalize((qh @ kh.mT * p.scale).masked_fill(hidden, float("-inf")), None)
+            logits = qh @ kh.mT * p.scale
+            if bias is not None:
+                logits = logits + bias[:, h, at, some]
+            P, _ = reference._normalize(logits.masked_fill(hidden, float("-inf")), None)
             weight = P if kept is None else P * kept[:, h, at, some].to(dtype)
             out[:, h, at] = weight @ vh
             if not gradients:
                 continue
             dP, D = doh @ vh.mT, (doh * out[:, h, at]).sum(-1, keepdim=True)
-            dS = (weight * dP - P * D) * p.scale
-            dq[:, h, at] = dS @ kh
-            dk[:, g, some] += dS.mT @ qh
+            dS, plain = weight * dP - P * D, weight * dP.abs() + P * D.abs()
+            dq[:, h, at] = dS @ kh * p.scale
+            dk[:, g, some] += dS.mT @ qh * p.scale
             dv[:, g, some] += weight.mT @ doh
-            plain = (weight * dP.abs() + P * D.abs()) * p.scale
-            plain_q[:, h, at] = plain @ kh.abs()
-            plain_k[:, g, some] += plain.mT @ qh.abs()
-    found = {"out": out, "dq": dq, "dk": dk, "dv": dv} if gradients else {"out": out}
+            plain_q[:, h, at] = plain @ kh.abs() * p.scale
+            plain_k[:, g, some] += plain.mT @ qh.abs() * p.scale
+            if dbias is not None and plain_bias is not None:
+                dbias[0, h, at, some] = dS.sum(0)
+                plain_bias[0, h, at, some] = plain.sum(0)
+    found, sizes = {"out": out}, {}
+    if gradients:
+        found |= {"dq": dq, "dk": dk, "dv": dv}
+        sizes = {"dq": _sizes(plain_q), "dk": _sizes(plain_k)}
+        if dbias is not None and plain_bias is not None:
+            found["dbias"], sizes["dbias"] = dbias, _sizes(plain_bias)
     kind = dtype if dtype == torch.float64 else p.q.dtype
-    terms = {"dq": _sizes(plain_q), "dk": _sizes(plain_k)} if gradients else {}
-    return {name: t.to(kind) for name, t in found.items()}, terms
+    return {name: t.to(kind) for name, t in found.items()}, sizes
 
 
 def drive(
@@ -154,11 +185,12 @@ def _call(work: AttentionWork, function: Function) -> Callable[[], Outcome]:
 
         return infer
     leaves = [t.clone().requires_grad_() for t in (work.q, work.k, work.v)]
-    dout = work.dout
+    wanted = [*leaves, *([] if work.bias is None else [work.bias])]
+    names, dout = ("dq", "dk", "dv", "dbias")[: len(wanted)], work.dout
 
     def train() -> Outcome:
         out = function(*leaves)
-        return {"out": out, **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))}
+        return {"out": out, **dict(zip(names, torch.autograd.grad(out, wanted, dout), strict=True))}
 
     return train
 

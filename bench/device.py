@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -290,6 +291,11 @@ def _rates(cases: Sequence[dict[str, Any]]) -> list[str]:
             seconds = peer["median"] if peer else None
             rates.append(f"{case['operations'] / seconds / 1e12:.1f}" if seconds else peer["status"] if peer else "")
         lines.append(f"| {case['case']} | {case.get('backend', '')} | {' | '.join(rates)} |")
+    reasons = Counter(
+        f"{name}: {peer['reason']}" for case in cases for name, peer in case["peers"].items() if peer.get("reason")
+    )
+    lines += [""] if reasons else []
+    lines += [f"- {reason} ({count} case{'s' if count > 1 else ''})" for reason, count in reasons.items()]
     return lines
 
 

@@ -51,9 +51,10 @@ def rnn() -> Iterator[Case]:
 def attention() -> Iterator[Case]:
     """One of each kind first, then the lengths in between."""
     made = [case.but(device="cuda") for name in ("attention-gpu", "attention-gpu-more") for case in _made(name)]
-    long = [case for case in made if isinstance(case, AttentionCase) and case.L not in (512, 2048)]
-    yield from sorted(long, key=lambda case: case.mode)
-    yield from (case for case in made if case not in long)
+    attention = [case for case in made if isinstance(case, AttentionCase)]
+    first = [case for case in attention if case.L not in (512, 2048) or case.bias or case.dropout]
+    yield from sorted(first, key=lambda case: case.mode)
+    yield from (case for case in attention if case not in first)
 
 
 def _made(name: str) -> Iterator[Case]:
@@ -65,8 +66,9 @@ def peers(case: Case) -> list[str]:
     """Who runs a case. What compiles long stands beside few: FlexAttention beside what it is made for, Triton beside
     one case of each kind of scan, and all pointwise ones."""
     if isinstance(case, AttentionCase):
-        flex = case.window or (case.L == 16384 and case.mode == "inference")
-        return ["fusedseq", "triton", "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
+        flex = case.window or case.lengths or case.bias or (case.L == 16384 and case.mode == "inference")
+        ours = ["fusedseq", "cuda-mma", "cuda-hopper", "triton"]
+        return [*ours, "flash", "cudnn-attention", "efficient", *(["flex"] if flex else [])]
     each = isinstance(case, PointwiseCase) or (
         isinstance(case, RecurrentCase) and case.mode == "training" and case.T == 256
     )
@@ -136,7 +138,7 @@ def measure(parts: Sequence[str], seconds: float, out: Path) -> int:
         print(case, file=sys.stderr, flush=True)
         result = run_case(case, [], peers(case), BUDGET, {})
         named = {}
-        for peer in peers(case)[:3] if isinstance(case, AttentionCase) else peers(case):
+        for peer in peers(case)[:5] if isinstance(case, AttentionCase) else peers(case):
             runner = build(peer, make(case))
             if not isinstance(runner, Refusal):
                 named[peer] = kernels(runner.call)

@@ -306,6 +306,8 @@ struct CudaAttentionParams {
   // are any beyond a window.
   int64_t parts, part;  // parts 1: not cut
   float *part_out, *part_top, *part_total;
+  uint32_t* fault;  // set to 1 before a launch ends in an error, because a copy or warpgroup did not answer; or null
+  bool stuck;       // the producer of a Hopper kernel, which tests make fall silent
   void* stream;
 };
 

@@ -43,4 +43,18 @@ def attention_backward(
     named: dict[str, Any],
     grads: tuple[Any, ...],
 ) -> None: ...
+def attention_backward_hopper(
+    sizes: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    options: tuple[Any, ...],
+    named: dict[str, Any],
+    grads: tuple[Any, ...],
+) -> None: ...
+def attention_backward_hopper_refuses(
+    sizes: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    options: tuple[Any, ...],
+    named: dict[str, Any],
+    grads: tuple[Any, ...],
+) -> str: ...
 def attention_backward_shared(E: int, Ev: int, bias: bool, dropout: bool) -> int: ...

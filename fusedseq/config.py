@@ -14,7 +14,7 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 # How the cuda backend may run a scan, as `fusedseq._cuda.tiers` names them; docs/gpu-scans.md.
 CUDA_TIERS = ("step", "block", "cluster", "grid")
 
-# Which forward kernel the cuda backend has for attention; docs/gpu-attention-hopper.md.
+# Which kernels the cuda backend has for attention; docs/gpu-attention-hopper.md.
 CUDA_ATTENTION = ("mma", "hopper")
 
 # How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.

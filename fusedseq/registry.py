@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -153,11 +154,26 @@ class Choice(NamedTuple):
     how: str = ""
 
 
+class Kernel(NamedTuple):
+    """Which of a backend's kernels ran one pass of a call."""
+
+    op: str  # "attention"
+    direction: str  # "forward" or "backward"
+    backend: str
+    name: str  # of the cuda backend's attention: "mma", "hopper" or "decode"
+    reason: str  # why it was not the one asked for; empty if it was
+
+    def __str__(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.op} {self.direction}: {self.name} of {self.backend}{why}"
+
+
 # Each distinct (forced backend, call) is one entry; streams of ever-new lengths must not grow it without bound.
 _CACHE_LIMIT = 4096
 _decisions: dict[tuple[str, Call], Choice] = {}
 _warned: set[str] = set()
 _hooks: tuple[Callable[[Choice], None], ...] = ()
+_kernel_hooks: tuple[Callable[[Kernel], None], ...] = ()
 _modules: dict[str, ModuleType] = {}
 _generation = 0
 
@@ -335,24 +351,43 @@ def remove_hook(hook: Callable[[Choice], None]) -> None:
     _hooks = tuple(one for one in _hooks if one is not hook)
 
 
+def note_kernel(op: str, direction: str, backend: str, name: str, reason: str = "") -> None:
+    """For backends that have several kernels for a pass: this one is about to run. In any thread."""
+    for hook in _kernel_hooks:
+        hook(Kernel(op, direction, backend, name, reason))
+
+
+class Record(list[Choice]):
+    """The choices of operator calls in order; `kernels`: what ran them, where a backend has several that might."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+
 @contextlib.contextmanager
-def record() -> Iterator[list[Choice]]:
+def record() -> Iterator[Record]:
     """Collect the choices made while the block runs: `{(c.call.cell, c.backend, c.call.dtype) for c in ran}`."""
-    ran: list[Choice] = []
-    hook = ran.append
+    global _kernel_hooks
+    ran = Record()
+    hook, kernel_hook = ran.append, ran.kernels.append
     add_hook(hook)
+    _kernel_hooks = (*_kernel_hooks, kernel_hook)
     try:
         yield ran
     finally:
         remove_hook(hook)
+        _kernel_hooks = tuple(one for one in _kernel_hooks if one is not kernel_hook)
 
 
 class Report:
-    """What `explain` saw: `calls` lists every operator call in order, `output` is what the callable returned."""
+    """What `explain` saw: `calls` lists every operator call in order, `kernels` what ran them (where a backend has
+    several that might), `output` is what the callable returned."""
 
-    def __init__(self, title: str, calls: list[Choice], output: Any) -> None:
+    def __init__(self, title: str, calls: list[Choice], output: Any, kernels: Sequence[Kernel] = ()) -> None:
         self.title = title
         self.calls = calls
+        self.kernels = list(kernels)
         self.output = output
 
     @property
@@ -371,6 +406,8 @@ class Report:
         for text, times in repeats.items():
             first, *rest = text.split("\n")
             lines += [first + (f" (x{times})" if times > 1 else ""), *rest]
+        for text, times in Counter(map(str, self.kernels)).items():
+            lines.append(f"  {text}" + (f" (x{times})" if times > 1 else ""))
         return "\n".join(lines)
 
 
@@ -382,4 +419,4 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     with record() as ran:
         output = function(*args, **kwargs)
     name = getattr(function, "__qualname__", None) or type(function).__name__
-    return Report(name, ran, output)
+    return Report(name, ran, output, ran.kernels)

@@ -35,6 +35,10 @@ SMALL = [
     AttentionCase("attention", "training", 1, 4, 11, 8, K=2, causal=True),
     AttentionCase("attention", "training", 2, 4, 12, 8, K=2, causal=True, window=4),
     AttentionCase("attention", "training", 2, 4, 9, 8, K=1, causal=True, dropout=0.3),
+    AttentionCase("attention", "training", 3, 4, 9, 8, K=2, lengths=True),
+    AttentionCase("attention", "training", 2, 2, 9, 8, causal=True, lengths=True),
+    AttentionCase("attention", "training", 2, 4, 9, 8, S=13, bias=True),
+    AttentionCase("attention", "training", 2, 4, 9, 8, K=2, causal=True, bias=True),
     AttentionCase("attention", "inference", 2, 4, 1, 8, S=70, K=1),
 ]
 
@@ -55,7 +59,7 @@ def test_the_truth_by_blocks_is_the_specification(case: AttentionCase, monkeypat
     work = small(case.but(mode="training"))
     whole = compare_with(AttentionInputs(Words("B1H1L1S1E1"), work.problem, work.dout, None))
     truth = work.truth()
-    assert truth.keys() == {"out", "dq", "dk", "dv"}
+    assert truth.keys() == {"out", "dq", "dk", "dv"} | ({"dbias"} if case.bias else set())
     for name, t in truth.items():
         torch.testing.assert_close(t, whole.truth[name], rtol=1e-12, atol=1e-12)
     assert work._terms["dq"] == pytest.approx(whole.terms["dq"])
@@ -78,10 +82,10 @@ def test_every_form_of_a_peer_is_right(case: AttentionCase, monkeypatch: pytest.
     attention_peers.eager(work)
     of_torch, of_eager = taken
     grouped = case.key_heads != case.H
-    assert len(of_torch) == (2 if case.window else 1) * (1 + grouped) + grouped * (
-        2 * bool(case.window) or not case.causal
-    )
-    assert len(of_eager) == 2 * (1 + grouped)
+    varied = case.lengths or case.bias  # tables that differ between batch rows or heads
+    folded = 0 if varied else 2 if case.window else int(not case.causal)
+    assert len(of_torch) == (2 if case.window or case.lengths else 1) * (1 + grouped) + grouped * folded
+    assert len(of_eager) == (1 if varied else 2 * (1 + grouped))
     for forms in taken:
         for name, form in forms.items():
             assert gates.judge(attention_work.drive(work, form)).wrong is None, name
@@ -183,8 +187,8 @@ def test_operations_count_what_is_seen() -> None:
     for case in SMALL:
         for W in {case.window, 0, 1, 100} if case.causal else {0}:
             one = case.but(window=W, mode="inference")
-            seen = int(reference.visible(small(one).problem).expand(1, 1, one.L, one.keys).sum())
-            assert one.operations() == 4 * one.B * one.H * one.E * seen
+            seen = int(reference.visible(small(one).problem).expand(one.B, 1, one.L, one.keys).sum())
+            assert one.operations() == 4 * one.H * one.E * seen
             assert one.but(mode="training").operations() == int(3.5 * one.operations())
     assert SMALL[1].compulsory_bytes() == 2 * 4 * (2 * 2 * 4 * 7 * 8 + 2 * 2 * 2 * 13 * 8)
     layer = TransformerCase("TransformerEncoderLayer", "inference", 2, 5, 16, 2)

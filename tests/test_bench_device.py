@@ -12,9 +12,10 @@ import cuda_emulated
 import pytest
 import torch
 
-from fusedseq import registry
+from fusedseq import config, registry
 from fusedseq.backends import cuda
 from fusedseq.bench import barriers, device, device_cases, peers
+from fusedseq.bench.attention_cases import AttentionCase
 from fusedseq.bench.pointwise_cases import PointwiseCase
 from fusedseq.bench.pointwise_cases import device as pointwise
 from fusedseq.bench.rnn_cases import RecurrentCase
@@ -112,13 +113,13 @@ def test_parts_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path, caps
 
 
 def test_attention_is_told_in_operations() -> None:
-    def peer(status: str, median: float | None) -> dict[str, object]:
-        return {"status": status, "median": median, "reason": None}
+    def peer(status: str, median: float | None, reason: str | None = None) -> dict[str, object]:
+        return {"status": status, "median": median, "reason": reason}
 
     report = device.Report("a GPU", "attention")
     report.benchmark = {"cases": [
         {"case": "attention inference B1", "backend": "cuda", "operations": 4 * 10**12,
-         "peers": {"fusedseq": peer("ok", 0.01), "triton": peer("wrong", None)}},
+         "peers": {"fusedseq": peer("ok", 0.01), "triton": peer("wrong", None, "too large")}},
         {"case": "attention training B1", "backend": "cuda", "operations": 10**12,
          "peers": {"fusedseq": peer("ok", 0.01), "flash": peer("ok", 0.005)}},
     ]}  # fmt: skip
@@ -126,6 +127,7 @@ def test_attention_is_told_in_operations() -> None:
     assert "| case | backend | fusedseq | triton | flash |" in text
     assert "| attention inference B1 | cuda | 400.0 | wrong |  |" in text
     assert "| attention training B1 | cuda | 100.0 |  | 200.0 |" in text
+    assert "- triton: too large (1 case)" in text
     assert "Geometric mean" not in text
 
 
@@ -136,9 +138,38 @@ def test_attention_runs_beside_every_kernel_of_torch() -> None:
     assert {case.E for case in cases} == {64, 128}
     assert all((case.device, case.dtype) == ("cuda", "bfloat16") for case in cases)
     for case in cases:
-        assert {"fusedseq", "triton", "flash", "cudnn-attention", "efficient"} <= set(device_cases.peers(case))
-        assert not case.window or "flex" in device_cases.peers(case)
+        ours, theirs = {"fusedseq", "cuda-mma", "cuda-hopper", "triton"}, {"flash", "cudnn-attention", "efficient"}
+        assert ours | theirs <= set(device_cases.peers(case))
+        assert not (case.window or case.lengths or case.bias) or "flex" in device_cases.peers(case)
+    for E in (64, 128):  # what is asked for, of each kind at both head sizes, with and without a backward pass
+        some = [case for case in cases if case.E == E]
+        for mode in ("inference", "training"):
+            of_mode = [case for case in some if case.mode == mode]
+            plain = [case for case in of_mode if not (case.window or case.lengths or case.bias or case.dropout)]
+            assert {case.L for case in plain if case.causal} >= {512, 2048, 16384}
+            assert {case.L for case in plain if not case.causal} >= {512, 2048, 16384}
+            assert all(any(getattr(case, kind) for case in of_mode) for kind in ("window", "lengths", "bias"))
+        assert any(case.dropout for case in some)
     assert device_cases.peers(device_cases.cases(["rnn"])[0]) == ["fusedseq", "torch"]
+
+
+def test_both_kinds_of_cuda_kernels_are_peers_or_say_why_not() -> None:
+    small = AttentionCase("attention", "training", 2, 2, 40, 64, dtype="bfloat16", lengths=True)
+    with cuda.emulated(cuda_emulated.module()), cuda_emulated.device():
+        for case in (small, small.but(mode="inference", lengths=False, causal=True)):
+            work = make(case)
+            for name in ("cuda-mma", "cuda-hopper"):
+                runner = peers.build(name, work)
+                assert isinstance(runner, Runner), runner
+                assert Gates(work).judge(runner).wrong is None
+        before = config.settings.cuda_attention
+        refused = peers.build("cuda-hopper", make(small.but(bias=True)))
+        assert isinstance(refused, Refusal)
+        assert "not hopper: attention forward: mma of cuda (not hopper: it takes no bias" in refused.reason
+        assert config.settings.cuda_attention == before
+    if not torch.cuda.is_available():
+        refused = peers.build("cuda-mma", make(small))
+        assert isinstance(refused, Refusal) and refused.reason.startswith("not usable: ")
 
 
 def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:

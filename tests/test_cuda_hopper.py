@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -50,18 +51,25 @@ class Spy:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.core, name)
-        if name == "attention_hopper_refuses":
+        if name in ("attention_hopper_refuses", "attention_backward_hopper_refuses"):
             return lambda *arguments: self.reasons.append(function(*arguments)) or self.reasons[-1]
-        if name in ("attention_hopper", "attention_forward"):
+        if name in ("attention_hopper", "attention_forward", "attention_backward", "attention_backward_hopper"):
             self.ran.append(name)
         return function
 
 
-@pytest.fixture(autouse=True)
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+@contextlib.contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    """The emulated backend with the Hopper kernels switched on."""
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention="hopper"))
     core = Spy(cuda_emulated.module())
     with cuda.emulated(core), fusedseq.use_backend("cuda"):
+        yield core
+
+
+@pytest.fixture(autouse=True)
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    with watched(monkeypatch) as core:
         yield core
 
 

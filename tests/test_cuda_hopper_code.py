@@ -1,4 +1,4 @@
-"""What nvcc makes of the Hopper kernel: nothing spilled, products that overlap, the instructions that it is about."""
+"""What nvcc makes of the Hopper kernels: nothing spilled, products that overlap, the instructions that matter."""
 
 from __future__ import annotations
 
@@ -13,43 +13,80 @@ from test_cuda_resources import disassembler
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 VARIANTS = 2 * 2  # dtypes, head sizes
+# Registers after setmaxnreg, of the producer and the consumers.
+FORWARD, BACKWARD = (40, 232), (24, 240)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """ptxas's report and the cubin."""
-    cubin = tmp_path_factory.mktemp("hopper") / "attention_hopper.cubin"
+def compiled(name: str, tmp: Path) -> tuple[str, dict[int, list[str]]]:
+    """ptxas's report, and the machine code of the kernels of each head size."""
+    cubin = tmp / f"{name}.cubin"
     command = [
         "nvcc", "-std=c++17", "-O3", "-Icsrc", "-DFSQ_ISA=device", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas",
-        "-v", "-cubin", "csrc/cuda/attention_hopper.cu", "-o", str(cubin),
+        "-v", "-cubin", f"csrc/cuda/{name}.cu", "-o", str(cubin),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr, cubin
+    text = subprocess.run([disassembler(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    kernels: dict[int, list[str]] = {64: [], 128: []}
+    for kernel in text.split("Function :")[1:]:
+        function, code = kernel.split("\n", 1)
+        kernels[64 if "Li64E" in function else 128].append(code)
+    assert sum(map(len, kernels.values())) == VARIANTS
+    return done.stdout + done.stderr, kernels
 
 
-def test_registers(compiled: tuple[str, Path]) -> None:
-    report, _ = compiled
-    assert "Potential Performance Loss" not in report and "setmaxnreg" not in report, report
+def check_registers(report: str, kernels: dict[int, list[str]], registers: tuple[int, int]) -> None:
+    # C7510 to C7519: products serialised.
+    assert "Potential Performance Loss" not in report and "warpgroup.wait is injected" not in report, report
+    assert "setmaxnreg" not in report, report
     assert re.findall(r"Used (\d+) registers", report) == ["168"] * VARIANTS  # what 384 threads begin with
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * VARIANTS
+    producer, consumer = registers
+    assert producer + 2 * consumer <= 3 * 168
+    for code in (code for some in kernels.values() for code in some):
+        assert f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumer:#x}" in code
+        parts = code.split(f"USETMAXREG.DEALLOC.CTAPOOL {producer:#x}")
+        assert len(parts) == 2
+        for part, most in zip(parts, (consumer, producer), strict=True):  # the consumers' code comes first
+            assert max(int(number) for number in re.findall(r"\bR(\d+)\b", part)) < most
 
 
-def test_instructions(compiled: tuple[str, Path]) -> None:
-    text = subprocess.run([disassembler(), "-sass", compiled[1]], capture_output=True, text=True, check=True).stdout
-    kernels = text.split("Function :")[1:]
-    assert len(kernels) == VARIANTS
-    for kernel in kernels:
-        name, code = kernel.split("\n", 1)
-        width = 64 if "Li64E" in name else 128
-        # The consumers' registers, 232; the producer's, 40.
-        assert "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8" in code and "USETMAXREG.DEALLOC.CTAPOOL 0x28" in code
-        used = max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
-        assert used < 232
-        assert code.count("UTMALDG.4D") >= 3 * width // 64  # Q, K, V in panels of 64 columns
-        values = re.findall(rf"HGMMA\.64x{width}x16\.F32\S* R\d+, R\d+, gdesc\[\w+\]\.tnspB", code)
-        assert len(values) == 2 * 128 // 16  # weights in registers; in the loop and after it
-        scores = re.findall(r"HGMMA\.64x128x16\.F32\S* R\d+, gdesc\[\w+\], R", code)
-        assert len(scores) == 2 * width // 16
-        # Softmax begins when the scores are there and the values' product is not.
-        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1 ", code)) == 1
+def products(code: str, pattern: str) -> int:
+    return len(re.findall(rf"HGMMA\.{pattern}", code))
+
+
+IN_REGISTERS = r"x16\.F32\S* R\d+, R\d+, gdesc\[\w+\]"
+IN_MEMORY = r"x16\.F32\S* R\d+, gdesc\[\w+\], R"
+
+
+def waits(code: str, pending: int) -> int:
+    return len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, {pending:#x} ", code))
+
+
+def test_forward(tmp_path: Path) -> None:
+    report, kernels = compiled("attention_hopper", tmp_path)
+    check_registers(report, kernels, FORWARD)
+    for width, some in kernels.items():
+        for code in some:
+            assert code.count("UTMALDG.4D") >= 3 * width // 64  # Q, K, V in panels of 64 columns
+            # Weights in registers, values read along their rows; in the loop and after it.
+            assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == 2 * 128 // 16
+            assert products(code, f"64x128{IN_MEMORY}") == 2 * width // 16  # scores
+            assert waits(code, 1) == 1  # softmax begins when the scores are there and the values' product is not
+
+
+@pytest.mark.parametrize("which", ["keys", "queries"])
+def test_backward(which: str, tmp_path: Path) -> None:
+    report, kernels = compiled(f"attention_hopper_{which}", tmp_path)
+    check_registers(report, kernels, BACKWARD)
+    for width, some in kernels.items():
+        for code in some:
+            assert code.count("UTMALDG.4D") == 4 * width // 64  # two tensors that are owned, two that go past
+            held = which == "queries" or width == 64
+            both = 2 * width // 16  # products of S and of dP
+            assert products(code, f"64x64{IN_REGISTERS}, R") + products(code, f"64x64{IN_MEMORY}") >= both
+            assert (products(code, f"64x64{IN_MEMORY}") == 0) == held
+            # P^T and dS^T, or dS, in registers; Q and dO, or K, read along their rows.
+            sums = 2 if which == "keys" else 1
+            assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == sums * 64 // 16
+            assert waits(code, 1) == 1  # exponentials begin when S is there and dP is not

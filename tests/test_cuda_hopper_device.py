@@ -1,4 +1,4 @@
-"""The Hopper forward kernel on a GPU: the emulator's cases and longer ones; a second run gives the same bits."""
+"""The Hopper kernels on a GPU: the emulator's cases and longer ones; a second run gives the same bits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from test_cuda_hopper import TAKEN, Spy
+from test_cuda_hopper_backward import BACKWARD, FORWARD
+from test_cuda_hopper_backward import TAKEN as TAKEN_BACKWARD
 
 import fusedseq
 from fusedseq import config
 from fusedseq.backends import cuda
 from fusedseq.ops.attention import run as attention
 from fusedseq.reference.attention import Problem
-from fusedseq.testing.attention_cases import AttentionCase
-from fusedseq.testing.attention_compare import attention_baseline, judge_attention
+from fusedseq.testing.attention_cases import AttentionCase, make_attention
+from fusedseq.testing.attention_compare import attention_baseline, evaluate_attention, judge_attention
 
 # More tiles than a GPU has SMs, rings that go round many times.
 LONG = """
@@ -64,4 +66,16 @@ def test_cuda_hopper_parity(text: str, dtype: torch.dtype, spy: Spy) -> None:
     found = {"out": out.cpu(), "lse": lse.cpu()}
     truth = dataclasses.replace(base, truth={name: base.truth[name] for name in found})
     wrong = [str(error) for error in judge_attention(found, truth) if not error.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("text", (TAKEN_BACKWARD + LONG).split())
+def test_cuda_hopper_backward_parity(text: str, dtype: torch.dtype, spy: Spy) -> None:
+    base = attention_baseline(AttentionCase(text), dtype)
+    inputs = make_attention(AttentionCase(text), dtype, "cuda")
+    found, again = evaluate_attention(attention, inputs), evaluate_attention(attention, inputs)
+    assert spy.ran == [FORWARD, BACKWARD] * 2, spy.reasons
+    assert all(torch.equal(t, again[name]) for name, t in found.items())
+    wrong = [str(error) for error in judge_attention(found, base) if not error.ok]
     assert not wrong, "\n".join(wrong)

@@ -36,6 +36,14 @@ inline bool aligned(const Heads& t) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.sb % 8 == 0 && t.sh % 8 == 0 && t.sn % 8 == 0;
 }
 
+// Whether tensor copies can read the tensor.
+inline bool boxes(const Heads& t, int64_t n, int64_t heads, int64_t batch) {
+  const int64_t size[] = {n, heads, batch}, stride[] = {t.sn, t.sh, t.sb};
+  for (int i = 0; i < 3; ++i)
+    if (size[i] > 1 && stride[i] <= 0) return false;
+  return aligned(t);
+}
+
 // How many pairs' keys and values stay in L2 while their tiles run.
 inline int64_t section(const AttentionParams& p) {
   constexpr int64_t kBytes = 16 << 20;

@@ -79,20 +79,49 @@ std::string attention_backward_heads(const CudaAttentionGradParams& g) {
 
 }  // namespace FSQ_ISA
 
-std::string cuda_attention_backward(const CudaAttentionGradParams& g) {
-  using namespace FSQ_ISA;
-  const AttentionParams& p = g.fwd.a;
-  if (p.Hq == 0 || p.Hkv == 0) return "";
+namespace {
+
+using namespace FSQ_ISA;
+
+// With the kernels `queries` and `keys`, each called with what it needs.
+template <class Queries, class Keys>
+std::string backward(const CudaAttentionGradParams& g, Queries queries, Keys keys) {
+  if (g.fwd.a.Hq == 0 || g.fwd.a.Hkv == 0) return "";
   std::string error = attention_delta(g);
-  if (error.empty() && (g.dq.data || g.dalibi)) error = attention_backward_queries(g);
-  if (error.empty() && (g.dk.data || g.dv.data)) error = attention_backward_keys(g);
+  if (error.empty() && (g.dq.data || g.dalibi)) error = queries(g);
+  if (error.empty() && (g.dk.data || g.dv.data)) error = keys(g);
   if (error.empty() && g.dbias.data) error = attention_backward_bias(g);
   if (error.empty() && (g.dalibi || g.dsinks)) error = attention_backward_heads(g);
   return error;
 }
 
+}  // namespace
+
+std::string cuda_attention_backward(const CudaAttentionGradParams& g) {
+  return backward(g, attention_backward_queries, attention_backward_keys);
+}
+
+std::string cuda_attention_backward_hopper_refuses(const CudaAttentionGradParams& g) {
+  const AttentionParams& p = g.fwd.a;
+  const std::string reason = cuda_attention_hopper_refuses(g.fwd);
+  if (!reason.empty()) return reason;
+  if (!boxes(g.dout, p.L, p.Hq, p.B)) return "dout has rows at multiples of 16 bytes and is not expanded";
+  return p.S * p.B * p.Hkv > int64_t(1) << 30 ? "it counts keys of all heads in 32 bits" : "";
+}
+
+std::string cuda_attention_backward_hopper(const CudaAttentionGradParams& g) {
+  const std::string reason = cuda_attention_backward_hopper_refuses(g);
+  if (!reason.empty()) return "the Hopper kernels do not take this call: " + reason;
+  Device device;
+  const std::string error = query(device);
+  if (!error.empty()) return error;
+  const auto on_device = [&](auto kernel) {
+    return [&, kernel](const CudaAttentionGradParams& g) { return kernel(g, device.sm_count); };
+  };
+  return backward(g, on_device(attention_hopper_queries), on_device(attention_hopper_keys));
+}
+
 int cuda_attention_backward_bytes(const AttentionParams& p) {
-  using namespace FSQ_ISA;
   const int queries = attention_backward_queries_bytes(p), keys = attention_backward_keys_bytes(p);
   const int bias = p.bias.data ? attention_backward_bias_bytes(p) : 0;
   return most(most(queries, keys), bias);

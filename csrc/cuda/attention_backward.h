@@ -9,8 +9,11 @@ namespace FSQ_ISA {
 std::string attention_delta(const CudaAttentionGradParams& g);
 std::string attention_backward_queries(const CudaAttentionGradParams& g);  // dq, and slopes
 std::string attention_backward_keys(const CudaAttentionGradParams& g);     // dk, dv
-std::string attention_backward_bias(const CudaAttentionGradParams& g);     // dbias
-std::string attention_backward_heads(const CudaAttentionGradParams& g);    // dalibi from slopes, dsinks
+// The same two for Hopper, of calls that cuda_attention_backward_hopper_refuses has nothing against.
+std::string attention_hopper_queries(const CudaAttentionGradParams& g, int sm_count);
+std::string attention_hopper_keys(const CudaAttentionGradParams& g, int sm_count);
+std::string attention_backward_bias(const CudaAttentionGradParams& g);   // dbias
+std::string attention_backward_heads(const CudaAttentionGradParams& g);  // dalibi from slopes, dsinks
 
 // Bytes of shared memory that a CTA takes for heads and dropout as in `p`, in calls with all that there may be.
 int attention_backward_queries_bytes(const AttentionParams& p);

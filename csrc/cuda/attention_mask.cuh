@@ -60,13 +60,7 @@ struct Work {
   template <class I>
   FSQ_DEVICE Work(const AttentionParams& p, I index, const int64_t* cu, decltype(I()) tiles, decltype(I()) section,
                   int factor, int size, bool backwards) {
-    const I heads = I(p.Hkv), pairs = (cu ? 1 : I(p.B)) * heads, group = index / (tiles * section);
-    const I rest = index - group * tiles * section, left = pairs - group * section;
-    const I width = left < section ? left : section, pair = group * section + rest % width;
-    I tile = rest / width;
-    if (backwards) tile = tiles - 1 - tile;
-    n = int(pair / heads);
-    hkv = int(pair % heads);
+    I tile = locate(cu ? 1 : I(p.B), I(p.Hkv), index, tiles, section, backwards);
     if (cu) {
       int64_t low = 0, high = p.N;  // the last sequence that begins at this tile or before
       while (high - low > 1) {
@@ -77,6 +71,23 @@ struct Work {
       tile -= I(cu[low] * factor / size + low);
     }
     first = int(tile) * size;
+  }
+  // The same of B batch rows with `heads` heads, where nothing is packed.
+  FSQ_DEVICE Work(int B, int heads, int index, int tiles, int section, int size, bool backwards) {
+    first = locate(B, heads, index, tiles, section, backwards) * size;
+  }
+
+ private:
+  // Sets n and hkv; returns the tile within its pair.
+  template <class I>
+  FSQ_DEVICE I locate(I B, I heads, I index, I tiles, I section, bool backwards) {
+    const I pairs = B * heads, group = index / (tiles * section);
+    const I rest = index - group * tiles * section, left = pairs - group * section;
+    const I width = left < section ? left : section, pair = group * section + rest % width;
+    const I tile = rest / width;
+    n = int(pair / heads);
+    hkv = int(pair % heads);
+    return backwards ? tiles - 1 - tile : tile;
   }
 };
 
@@ -115,11 +126,10 @@ struct Range {
 
 FSQ_DEVICE int up_to(int n, int size) { return (n + size - 1) / size * size; }
 
-// The keys that rows r_low .. r_high of a pair see through their windows, within [lower, upper); tiles of `size`.
-FSQ_DEVICE Range key_range(const AttentionParams& p, const Sequence& s, int r_low, int r_high, int lower, int upper,
-                           int size) {
-  const int G = heads_of_group(p);
-  const int d_low = r_low / G + s.diagonal, d_high = least(r_high, s.L * G - 1) / G + s.diagonal;
+// The keys that queries i_low .. i_high see through their windows, within [lower, upper); tiles of `size`.
+FSQ_DEVICE Range keys_of_queries(const AttentionParams& p, const Sequence& s, int i_low, int i_high, int lower,
+                                 int upper, int size) {
+  const int d_low = i_low + s.diagonal, d_high = least(i_high, s.L - 1) + s.diagonal;
   Range k{lower, lower, 0, least(s.S, upper)};
   k.inner_last = k.last;
   int seen = 0;
@@ -132,13 +142,18 @@ FSQ_DEVICE Range key_range(const AttentionParams& p, const Sequence& s, int r_lo
     k.inner_last = least(most(d_low + int(p.right) + 1, 0), k.last);
     k.last = least(most(d_high + int(p.right) + 1, 0), k.last);
   }
-  if (seen >= k.last || r_low >= s.L * G) k.last = 0;
+  if (seen >= k.last || i_low >= s.L) k.last = 0;
   return k;
 }
-
-// The other way round: rows of the pair that see keys j_low .. j_high, and those that see all of them; tiles of `size`.
-FSQ_DEVICE Range row_range(const AttentionParams& p, const Sequence& s, int j_low, int j_high, int size) {
+// The same for rows r_low .. r_high of a pair.
+FSQ_DEVICE Range key_range(const AttentionParams& p, const Sequence& s, int r_low, int r_high, int lower, int upper,
+                           int size) {
   const int G = heads_of_group(p);
+  return keys_of_queries(p, s, r_low / G, r_high / G, lower, upper, size);
+}
+
+// The other way round: queries that see keys j_low .. j_high, and those that see all of them; not rounded to tiles.
+FSQ_DEVICE Range queries_of_keys(const AttentionParams& p, const Sequence& s, int j_low, int j_high) {
   int first = 0, last = s.L, inner_first = 0, inner_last = s.L;
   if (p.right >= 0) {
     first = most(j_low - int(p.right) - s.diagonal, 0);
@@ -149,7 +164,13 @@ FSQ_DEVICE Range row_range(const AttentionParams& p, const Sequence& s, int j_lo
     inner_last = least(most(j_low + int(p.left) - s.diagonal + 1, 0), s.L);
   }
   if (first >= last) last = 0;
-  return {first * G / size * size, up_to(inner_first * G, size), least(inner_last, last) * G, last * G};
+  return {first, inner_first, least(inner_last, last), last};
+}
+// The same as rows of a pair; tiles of `size`.
+FSQ_DEVICE Range row_range(const AttentionParams& p, const Sequence& s, int j_low, int j_high, int size) {
+  const int G = heads_of_group(p);
+  const Range i = queries_of_keys(p, s, j_low, j_high);
+  return {i.first * G / size * size, up_to(i.inner_first * G, size), i.inner_last * G, i.last * G};
 }
 
 // The global keys of a sequence, sorted: for keys beyond a window.

@@ -277,6 +277,10 @@ FSQ_PTX void setmaxnreg_inc() {
   FSQ_SM90A(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)));
 }
 
+// Ends the launch in an error, by a store that no address takes. A trap would do the same, but in a kernel that has one
+// ptxas gives no thread more registers than it begins with, whatever setmaxnreg says.
+FSQ_PTX void abandon() { asm volatile("st.global.u32 [%0], %1;" ::"l"(uint64_t(0)), "r"(0) : "memory"); }
+
 }  // namespace ptx
 }  // namespace fusedseq
 

@@ -30,6 +30,9 @@ std::string cuda_attention_forward(const CudaAttentionParams& p);
 std::string cuda_attention_hopper(const CudaAttentionParams& p);
 std::string cuda_attention_hopper_refuses(const CudaAttentionParams& p);
 std::string cuda_attention_backward(const CudaAttentionGradParams& p);
+// The same with the kernels for Hopper, and why they would not take a call.
+std::string cuda_attention_backward_hopper(const CudaAttentionGradParams& p);
+std::string cuda_attention_backward_hopper_refuses(const CudaAttentionGradParams& p);
 // Bytes of shared memory that a CTA of the backward pass takes; of `p` it reads sizes, dtype, dropout and whether there
 // is a bias.
 int cuda_attention_backward_bytes(const AttentionParams& p);

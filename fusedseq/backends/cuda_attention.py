@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedseq import config
+from fusedseq import config, registry
 from fusedseq.backends import cuda_scan, tensors
 from fusedseq.backends.cpu_attention import _broadcast, _dense, _like
 from fusedseq.reference.attention import Problem, threshold
@@ -46,6 +46,15 @@ def supports(call: AttentionCall) -> str | None:
         if wanted > there:
             return f"its backward pass wants {wanted} bytes of shared memory for such heads, a block may have {there}"
     return None
+
+
+def _wants_hopper() -> bool:
+    """Whether calls go to the kernels for compute capability 9.0 that these take."""
+    return config.settings.cuda_attention == "hopper"
+
+
+def _note(direction: str, name: str, reason: str) -> None:
+    registry.note_kernel("attention", direction, "cuda", name, f"not hopper: {reason}" if reason else "")
 
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
@@ -103,6 +112,8 @@ class Call:
 
     def named(self, stream: int | None) -> dict[str, Any]:
         found: dict[str, Any] = {"stream": stream, "seed": tensors.pointer(self.seed)}
+        if _wants_hopper():
+            found["fault"] = cuda_scan._fault_word(str(self.p.q.device)).data_ptr()
         if self.positions is not None and self.ranks is not None:
             found |= {
                 "positions": self.positions.data_ptr(), "positions_sb": tensors.batch_stride(self.positions),
@@ -127,6 +138,8 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     lse = p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out[..., : p.v.shape[3]], lse
+    if _wants_hopper():
+        cuda_scan.check_fault(p.q.device)
     call = Call(p)
     if p.cu_q is not None:  # rows behind the last sequence are not visited
         out.zero_()
@@ -143,7 +156,9 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
             }  # fmt: skip
         arguments = (call.sizes, call.tensors(out, lse), call.numbers(), named)
         core = cuda_scan._core()
-        hopper = config.settings.cuda_attention == "hopper" and not core.attention_hopper_refuses(*arguments)
+        reason = core.attention_hopper_refuses(*arguments) if _wants_hopper() else ""
+        hopper = _wants_hopper() and not reason
+        _note("forward", "hopper" if hopper else "decode" if count > 1 else "mma", reason)
         (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
 
@@ -179,13 +194,18 @@ def attention_backward(
     slopes = None if dalibi is None else torch.zeros_like(lse)
     with cuda_scan._on(p.q) as stream:
         scratch = {"lse2": lse2.data_ptr(), "delta": delta.data_ptr(), "slopes": tensors.pointer(slopes)}
-        cuda_scan._core().attention_backward(
+        arguments = (
             call.sizes, call.tensors(out, lse), call.numbers(), call.named(stream) | scratch,
             (
                 _heads(dout), tensors.pointer(dlse), *(None if t is None else _heads(t) for t in (dq, dk, dv)),
                 _broadcast(dbias), tensors.pointer(dalibi), tensors.pointer(dsinks),
             ),
         )  # fmt: skip
+        core = cuda_scan._core()
+        reason = core.attention_backward_hopper_refuses(*arguments) if _wants_hopper() else ""
+        hopper = _wants_hopper() and not reason
+        _note("backward", "hopper" if hopper else "mma", reason)
+        (core.attention_backward_hopper if hopper else core.attention_backward)(*arguments)
     grads = (dq, dk, dv, dbias, dalibi, dsinks)
     return tuple(
         g[..., : t.shape[-1]].to(t.dtype) if need and g is not None and t is not None else None

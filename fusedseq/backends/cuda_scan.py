@@ -191,7 +191,8 @@ def check_fault(device: torch.device) -> None:
         word.zero_()
         raise Fault(
             f"a kernel of the cuda backend on {device} waited in vain for another part of itself and gave up: "
-            "what it returned is not to be used, and a CUDA error follows (FUSEDSEQ_CUDA_TIER=step needs no such waits)"
+            "what it returned is not to be used, and a CUDA error follows (FUSEDSEQ_CUDA_TIER=step and "
+            "FUSEDSEQ_CUDA_ATTENTION=mma need no such waits)"
         )
 
 

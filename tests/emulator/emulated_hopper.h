@@ -84,5 +84,7 @@ void setmaxnreg_inc() {
   emulator::setmaxnreg(N, true);
 }
 
+[[noreturn]] inline void abandon() { emulator::trap("abandon()"); }
+
 }  // namespace ptx
 }  // namespace fusedseq

@@ -25,6 +25,8 @@ CudaAttentionParams device_params(const py::tuple& sizes, const py::tuple& tenso
   p.part_out = a.pointer<float>("part_out");
   p.part_top = a.pointer<float>("part_top");
   p.part_total = a.pointer<float>("part_total");
+  p.fault = a.pointer<uint32_t>("fault");
+  p.stuck = a.number("stuck", 0) != 0;
   p.stream = a.pointer("stream");
   return p;
 }
@@ -45,9 +47,9 @@ std::string hopper_refuses(const py::tuple& sizes, const py::tuple& tensors, con
   return cuda_attention_hopper_refuses(device_params(sizes, tensors, options, named));
 }
 
-// (dout, dlse, dq, dk, dv, dbias, dalibi, dsinks), and by name the scratch: lse2, delta, slopes.
-void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named,
-              const py::tuple& grads) {
+// grads: (dout, dlse, dq, dk, dv, dbias, dalibi, dsinks); by name the scratch: lse2, delta, slopes.
+CudaAttentionGradParams grad_params(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options,
+                                    const py::dict& named, const py::tuple& grads) {
   const Arguments a(named);
   CudaAttentionGradParams g{};
   g.fwd = device_params(sizes, tensors, options, named);
@@ -62,12 +64,24 @@ void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple&
   g.lse2 = a.pointer<float>("lse2");
   g.delta = a.pointer<float>("delta");
   g.slopes = a.pointer<float>("slopes");
+  return g;
+}
+
+template <std::string (*run)(const CudaAttentionGradParams&)>
+void backward(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options, const py::dict& named,
+              const py::tuple& grads) {
+  const CudaAttentionGradParams g = grad_params(sizes, tensors, options, named, grads);
   std::string error;
   {
     py::gil_scoped_release release;
-    error = cuda_attention_backward(g);
+    error = run(g);
   }
   check(error);
+}
+
+std::string backward_hopper_refuses(const py::tuple& sizes, const py::tuple& tensors, const py::tuple& options,
+                                    const py::dict& named, const py::tuple& grads) {
+  return cuda_attention_backward_hopper_refuses(grad_params(sizes, tensors, options, named, grads));
 }
 
 int backward_shared(int64_t E, int64_t Ev, bool bias, bool dropout) {
@@ -85,7 +99,9 @@ void bind_cuda_attention(py::module_& m) {
   m.def("attention_forward", &forward<cuda_attention_forward>);
   m.def("attention_hopper", &forward<cuda_attention_hopper>);
   m.def("attention_hopper_refuses", &hopper_refuses);
-  m.def("attention_backward", &backward);
+  m.def("attention_backward", &backward<cuda_attention_backward>);
+  m.def("attention_backward_hopper", &backward<cuda_attention_backward_hopper>);
+  m.def("attention_backward_hopper_refuses", &backward_hopper_refuses);
   m.def("attention_backward_shared", &backward_shared, "Bytes of shared memory that a CTA of the backward pass takes.");
 }
 
