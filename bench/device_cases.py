@@ -141,7 +141,8 @@ def measure(parts: Sequence[str], seconds: float, out: Path) -> int:
         for peer in peers(case)[:5] if isinstance(case, AttentionCase) else peers(case):
             runner = build(peer, make(case))
             if not isinstance(runner, Refusal):
-                named[peer] = kernels(runner.call)
+                with runner.turn():
+                    named[peer] = kernels(runner.call)
         record["cases"].append({
             "case": str(case), "fields": case.fields(), "backend": result.backend,
             "operations": result.operations, "bytes": result.bytes, "plans": plans(case),

@@ -82,7 +82,8 @@ def compiled(work: RecurrentWork) -> Runner | Refusal:
     with torch._dynamo.config.patch(allow_rnn=True):
         runner = drive(work, function, list(module.parameters()))
         try:
-            runner.call()
+            with runner.turn():
+                runner.call()
         except Exception as error:
             return Refusal(f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0]}")
     return runner

@@ -150,24 +150,23 @@ def _streaming(work: RecurrentWork, module: Callable[..., Any]) -> Runner:
 
         def step() -> Tensor:
             nonlocal carried
-            with torch.inference_mode():
-                carried = module(x, carried)
+            carried = module(x, carried)
             return carried[0] if isinstance(carried, tuple) else carried
 
     else:
 
         def step() -> Tensor:
             nonlocal carried
-            with torch.inference_mode():
-                y, carried = module(x, carried)
+            y, carried = module(x, carried)
             return y
 
     def results() -> Outcome:
         nonlocal carried
         carried = first
-        return {"y": torch.stack([step() for _ in range(STREAMED)])}
+        with torch.inference_mode():
+            return {"y": torch.stack([step() for _ in range(STREAMED)])}
 
-    return Runner(step, results)
+    return Runner(step, results, turn=torch.inference_mode)
 
 
 def make(case: RecurrentCase, seed: int = 0) -> RecurrentWork:

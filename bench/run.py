@@ -140,6 +140,7 @@ def run_case(
             budget,
             pools={label: runner.pool for label, runner in runners.items()},
             finish=torch.cuda.synchronize if case.device == "cuda" else None,
+            turns={label: runner.turn for label, runner in runners.items()},
         )
         for label, timing in timings.items():
             results[label] = PeerResult.of(timing, verdicts[label].error)

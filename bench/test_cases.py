@@ -37,4 +37,5 @@ def test_case(benchmark: BenchmarkFixture, prepared: tuple[Work, Gates], peer: s
         pytest.skip(built.reason)
     assert gates.judge(built).wrong is None
     benchmark.group = str(work.case)
-    benchmark(built.call)
+    with built.turn():
+        benchmark(built.call)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 Function = Callable[[], object]
+Turn = Callable[[], contextlib.AbstractContextManager[Any]]
 
 # Idle threads of a pool go on spinning for a while after its last call (libgomp about 10 ms). Where the next function
 # has a pool of its own, that would take cores from it.
@@ -27,16 +29,18 @@ class Timing:
     samples: list[float] = field(default_factory=list)  # seconds of one call in each turn
 
 
-def timed(function: Function, calls: int, finish: Function | None = None) -> float:
-    """Seconds of one call. `finish` waits for work that a call only queues, as on a GPU."""
-    if finish is not None:
-        finish()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    if finish is not None:
-        finish()
-    return (time.perf_counter() - start) / calls
+def timed(function: Function, calls: int, finish: Function | None = None, turn: Turn = contextlib.nullcontext) -> float:
+    """Seconds of one call. `finish` waits for work that a call only queues, as on a GPU; all calls are made in one
+    `turn`, entering which is not timed."""
+    with turn():
+        if finish is not None:
+            finish()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if finish is not None:
+            finish()
+        return (time.perf_counter() - start) / calls
 
 
 def plan(once: Mapping[str, float], budget: float, rounds: int = 15) -> tuple[int, dict[str, int]]:
@@ -55,25 +59,31 @@ def interleave(
     rounds: int = 15,
     pools: Mapping[str, str] | None = None,
     finish: Function | None = None,
+    turns: Mapping[str, Turn] | None = None,
 ) -> dict[str, Timing]:
     """Each function in turn, up to `rounds` times, about `budget` seconds in all.
 
-    `pools` names the thread pool of each function; between different pools there is a pause.
+    `pools` names the thread pool of each function; between different pools there is a pause. `turns` are what a
+    function's calls are made in (see `timed`).
     """
-    pools = pools or {}
-    for function in functions.values():
-        function()
-    once = {name: timed(function, 1, finish) for name, function in functions.items()}
+    pools, turns = pools or {}, turns or {}
+
+    def seconds(name: str, calls: int) -> float:
+        return timed(functions[name], calls, finish, turns.get(name, contextlib.nullcontext))
+
+    for name in functions:
+        seconds(name, 1)
+    once = {name: seconds(name, 1) for name in functions}
     rounds, calls = plan(once, budget, rounds)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     last = ""
     for _ in range(rounds):
-        for name, function in functions.items():
+        for name in functions:
             if last and pools.get(name) != pools.get(last):
                 time.sleep(PAUSE)
             if once[name] < SHORT:
-                function()
-            samples[name].append(timed(function, calls[name], finish))
+                seconds(name, 1)
+            samples[name].append(seconds(name, calls[name]))
             last = name
     return {name: summary(taken) for name, taken in samples.items()}
 

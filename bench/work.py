@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -14,6 +15,7 @@ from torch import Tensor
 from fusedseq.testing.compare import Error
 
 from .case import Case
+from .timing import Turn
 
 Outcome = dict[str, Tensor]
 
@@ -29,6 +31,8 @@ class Runner:
     call: Callable[[], object]
     results: Callable[[], Outcome]
     pool: str = "torch"  # the thread pool that works, so that the timer can let another one go to sleep
+    # What a user's loop enters once and not for every call, such as torch.inference_mode around a stream of steps.
+    turn: Turn = contextlib.nullcontext
     judged_by: Work | None = None  # None: the work that the runner was made from
 
 

@@ -34,16 +34,16 @@ class Server:
         if isinstance(mine, Refusal):
             return {"wrong": mine.reason}
         verdict = Gate(mine.judged_by or work).judge(mine.results())
-        mine.call()
-        self.runner, self.once = mine, timed(mine.call, 1)
+        timed(mine.call, 1, turn=mine.turn)
+        self.runner, self.once = mine, timed(mine.call, 1, turn=mine.turn)
         return {"wrong": verdict.wrong, "once": self.once}
 
     def time(self, calls: int) -> dict[str, Any]:
         """Seconds of one call, in one turn."""
         assert self.runner is not None, "no case has been prepared"
         if self.once < SHORT:
-            self.runner.call()
-        return {"seconds": timed(self.runner.call, calls)}
+            timed(self.runner.call, 1, turn=self.runner.turn)
+        return {"seconds": timed(self.runner.call, calls, turn=self.runner.turn)}
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_operations_bytes_and_lengths() -> None:
 
 def test_functions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(timing, "timed", lambda function, number, finish=None: function() or 0.5)
+    monkeypatch.setattr(timing, "timed", lambda function, number, finish=None, turn=None: function() or 0.5)
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: calls.append("pause"))
     functions = {name: (lambda name=name: calls.append(name)) for name in "AB"}
     taken = timing.interleave(functions, budget=6.0)
@@ -112,6 +114,23 @@ def test_functions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     timing.interleave(functions, budget=5.0, pools={"A": "one", "B": "other"})
     assert calls[4:10] == ["A", "pause", "B", "pause", "A", "pause"]
+
+
+def test_a_turn_enters_once_what_a_loop_would() -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def turn():
+        seen.append("enter")
+        yield
+        seen.append("leave")
+
+    timing.timed(lambda: seen.append("call"), 3, turn=turn)
+    assert seen == ["enter", "call", "call", "call", "leave"]
+    seen.clear()
+    timing.interleave({"A": lambda: seen.append("A"), "B": lambda: seen.append("B")}, 0.01, rounds=5, turns={"A": turn})
+    entered = "".join(seen).replace("leave", ")").replace("enter", "(")
+    assert re.fullmatch(r"((\(A+\))|B)+", entered) and entered.count("(") >= 7
 
 
 def test_plan_spends_the_budget_and_keeps_five_rounds() -> None:
