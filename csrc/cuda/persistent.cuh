@@ -194,7 +194,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   Memory m = Memory::carve(arena, plan);
   const Share share(f, plan, Channel<E>::rank(plan));
   const int parts = parts_of(plan), width = plan.units;
-  const int64_t steps = share.steps(f);
+  const int steps = int(share.steps(f));
   char* const rest = m.fed.bind(static_cast<char*>(f.workspace), share.group, share.groups);
   if constexpr (Memory::kTwo) m.dn.bind(rest, share.group, share.groups);
 
@@ -220,8 +220,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     return sum;
   };
   // One turn more than there are steps: the last gathers the gradients of the first states.
-  for (int64_t turn = 0; turn <= steps; ++turn) {
-    const int now = int(turn & 1), n_turn = int(turn);
+  for (int turn = 0; turn <= steps; ++turn) {
+    const int now = turn & 1;
     const bool last = turn == steps;
     const int64_t t = last ? -1 : time_of(share.d, steps - 1 - turn, steps);
     Element element[kElements];
@@ -233,7 +233,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       element[n].load(p, share.spot(e, t));
       upstream[n] = element[n].live ? Element::upstream(p, share.spot(e, t)) : 0;
     }
-    bool arrived = turn == 0 || m.fed.wait(n_turn - 1);
+    bool arrived = turn == 0 || m.fed.wait(turn - 1);
     if (arrived) multiply<1, kRows>(m.w, held, m.fed.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(f);
     FSQ_UNROLL
@@ -261,8 +261,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
     }
     if (last) break;
     if constexpr (Memory::kTwo) {
-      m.dn.publish(share.rank, n_turn);
-      arrived = m.dn.wait(n_turn);
+      m.dn.publish(share.rank, turn);
+      arrived = m.dn.wait(turn);
       if (arrived) multiply<1, kRows>(m.w_n, Held<1, 0>(), m.dn.slices, 1 - now, parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
@@ -276,7 +276,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
         to.data.store(to.at(1 - now, share.rank) + e / width * to.pitch() + e % width, narrow<E>(dr));
       }
     }
-    publish(m.fed, plan, share.rank, n_turn);
+    publish(m.fed, plan, share.rank, turn);
   }
   for (int n = 0; n < kElements; ++n) {
     const int e = share.element(n);
