@@ -29,6 +29,18 @@ def test_dv_where_few_keys_are_seen(L: int) -> None:
     assert not [error for error in wrong if error.startswith("dv:")], wrong
 
 
+def test_sums_of_like_numbers_over_many_rows() -> None:
+    """An upstream gradient of one value under even weights: one long chain of additions would round ever the same way."""
+    wrong = []
+    for seed in range(4):
+        q, k, v = normal(1, 16, 200, 65, seed=seed), *(normal(1, 2, 128, 65, seed=seed + n) for n in (10, 20))
+        dout = normal(1, 1, 1, 1, seed=seed + 30).expand(1, 16, 200, 65)
+        call = Call(q, k, v, {"scale": 0.0}, {"window": (17, 17)})
+        with use_backend("cpu"):
+            wrong += judge(call, dout, None, outcome(call, Call.ours, dout, None))
+    assert not wrong, wrong
+
+
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="lse rounds at 1e4, and P = exp(logit - lse) with it")
 def test_gradients_at_logits_of_minus_ten_thousand() -> None:
     """Finite, and mostly within the rule, but not always: some seed is up to 1.3 times above it."""

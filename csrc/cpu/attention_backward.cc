@@ -303,11 +303,14 @@ class AttentionBackward : AttentionScores<P> {
         S* const to = dq + s->row * dq_pitch + v * L;
         multiply(Tile<P>{s->m, u, left + s->row * kKeys + from, kKeys, P::per_word,
                          k_right.panel(v, from / P::per_word, u), k_right.panel_pitch(u), words<P>(s->end - from),
-                         starts ? nullptr : to, dq_pitch, to, dq_pitch});
+                         starts ? nullptr : to, dq_pitch, to, dq_pitch, nullptr, 0, nullptr, 0, 0, !starts});
       }
     });
   }
 
+  // Each block's products are a chain of their own that is then added: one chain over all blocks would round a long sum
+  // of like numbers (an upstream gradient of one value, say) ever the same way.
+  //
   // sums[key] += the rows' column of `left` times the rows of `right`, where left has kKeys columns. The first `fresh`
   // keys have no sums yet.
   void over_rows(const typename Scores::Span* spans, int count, int64_t fresh, const Value* left,
@@ -332,7 +335,7 @@ class AttentionBackward : AttentionScores<P> {
         const int64_t begin = spans[first].row / P::per_word, end = words<P>(spans[last - 1].row + spans[last - 1].m);
         multiply(Tile<P>{m, u, left + (begin * kKeys + key) * P::per_word, P::per_word, kKeys * P::per_word,
                          right.panel(v, begin, u), right.panel_pitch(u), end - begin, fresh ? nullptr : to_sums, pitch,
-                         to_sums, pitch});
+                         to_sums, pitch, nullptr, 0, nullptr, 0, 0, !fresh});
       });
     });
   }
