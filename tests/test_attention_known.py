@@ -30,7 +30,7 @@ def test_dv_where_few_keys_are_seen(L: int) -> None:
 
 
 def test_sums_of_like_numbers_over_many_rows() -> None:
-    """An upstream gradient of one value under even weights: one long chain of additions would round ever the same way."""
+    """One value as upstream gradient under even weights: one chain over all rows would round ever the same way."""
     wrong = []
     for seed in range(4):
         q, k, v = normal(1, 16, 200, 65, seed=seed), *(normal(1, 2, 128, 65, seed=seed + n) for n in (10, 20))
