@@ -64,8 +64,9 @@ def test_a_projection_takes_the_scan_of_one_step() -> None:
     tensors = {"x": normal(4, 3), "h": normal(4, 2), "c": normal(4, 5)}
     upstream = [normal(4, 2), normal(4, 5)]
     single = [{n: t.float() for n, t in tensors.items()}, [w.float() for w in weights], [g.float() for g in upstream]]
+    here = [{n: t.to(DEVICE) for n, t in single[0].items()}, *([t.to(DEVICE) for t in one] for one in single[1:])]
     outcomes = []
-    for backend, args in (("triton", single), ("reference", [tensors, weights, upstream]), ("reference", single)):
+    for backend, args in (("triton", here), ("reference", [tensors, weights, upstream]), ("reference", single)):
         with fusedseq.use_backend(backend):
             outcomes.append(evaluate("lstm", *args))
     assert all(error.ok for error in judge(*outcomes, torch.float32, terms=20))

@@ -4,7 +4,10 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <string>
+#include <tuple>
 
 namespace fusedseq {
 
@@ -58,13 +61,39 @@ inline std::string query(Device& device) {
 
 namespace detail {
 
-// Attributes that a kernel needs before its first launch with that much shared memory or so large a cluster.
+// Sets an attribute of a kernel once for each device: what needs it would pay a microsecond at every launch.
+inline cudaError_t set_once(const void* kernel, cudaFuncAttribute attribute, int (*value)(int device)) {
+  static std::mutex guard;
+  static std::set<std::tuple<const void*, int, int>> known;
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(guard);
+  if (e || known.count({kernel, device, int(attribute)})) return e;
+  e = cudaFuncSetAttribute(kernel, attribute, value(device));
+  if (!e) known.insert({kernel, device, int(attribute)});
+  return e;
+}
+
+// Attributes that a kernel needs before its first launch with that much shared memory or so large a cluster. The limit
+// is the device's own and not that of a launch, which another thread's launch of the same kernel might lower.
 inline cudaError_t prepare(const void* kernel, const Launch& launch) {
   cudaError_t e = cudaSuccess;
   if (launch.shared > 48 * 1024)
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared);
-  if (!e && launch.cluster > 8) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    e = set_once(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, [](int device) {
+      int most = 0;
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      return most;
+    });
+  if (!e && launch.cluster > 8)
+    e = set_once(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, [](int) { return 1; });
   return e;
+}
+
+// The text of an error, empty for none. What the runtime keeps of it is cleared, or the next launch would report it.
+inline std::string told(cudaError_t e, const Launch& launch) {
+  if (!e) return std::string();
+  cudaGetLastError();
+  return launch.error(cudaGetErrorString(e));
 }
 
 inline cudaLaunchConfig_t configure(const Launch& launch, cudaLaunchAttribute (&attributes)[2]) {
@@ -97,7 +126,7 @@ std::string blocks_per_sm(int& blocks, void (*kernel)(P...), const Launch& launc
   cudaError_t e = detail::prepare(function, launch);
   const int threads = int(launch.block.x * launch.block.y * launch.block.z);
   if (!e) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, size_t(launch.shared));
-  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+  return detail::told(e, launch);
 }
 
 // Clusters of the launch's size that the device holds at a time; 0 where it holds none.
@@ -108,7 +137,7 @@ std::string active_clusters(int& clusters, void (*kernel)(P...), const Launch& l
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = detail::configure(launch, attributes);
   if (!e) e = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
-  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+  return detail::told(e, launch);
 }
 
 template <class... P, class... A>
@@ -117,9 +146,7 @@ std::string run(void (*kernel)(P...), const Launch& launch, A... arguments) {
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = detail::configure(launch, attributes);
   if (!e) e = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
-  const cudaError_t last = cudaGetLastError();  // clears what the launch left
-  if (!e) e = last;
-  return e ? launch.error(cudaGetErrorString(e)) : std::string();
+  return detail::told(e, launch);
 }
 
 }  // namespace fusedseq

@@ -41,7 +41,7 @@ class SharedSpan {
   T* pointer(int i) const { return static_cast<T*>(emulator::shared_atomic(data_, size_, i, sizeof(T))); }
   uint32_t address(int i) const { return emulator::shared_window_address(data_, size_, i, sizeof(T)); }
 #else
-  FSQ_DEVICE SharedSpan(void* data, int) : data_(static_cast<T*>(data)) {}
+  FSQ_BOTH SharedSpan(void* data, int) : data_(static_cast<T*>(data)) {}
 
   FSQ_DEVICE T operator[](int i) const { return data_[i]; }
   // sizeof(V) bytes (a float4, say) from element i on, aligned to their size.
@@ -84,7 +84,11 @@ class SharedArena {
   template <class T>
   FSQ_BOTH SharedSpan<T> take(int size, int align = 16) {
     used_ = (used_ + align - 1) / align * align;
+#ifdef __CUDA_ARCH__
+    char* data = base_ + used_;  // no question asked, or nvcc would no longer know that it is shared memory
+#else
     char* data = base_ ? base_ + used_ : nullptr;
+#endif
     used_ += size * int(sizeof(T));
     return SharedSpan<T>(data, size);
   }

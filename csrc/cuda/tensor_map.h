@@ -102,6 +102,11 @@ inline std::string encode(TensorMap& map, const BoxedTensor& t) {
   if (!error.empty()) return error;
   static const detail::Encoder encoder;
   if (!encoder.error.empty()) return encoder.error;
+  // A thread that has not yet done any work on the device has no context, which the driver asks for.
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (!e) e = cudaSetDevice(device);
+  if (e) return std::string("cannot enter the CUDA device: ") + cudaGetErrorString(e);
   uint32_t steps[BoxedTensor::kMaxRank] = {1, 1, 1, 1, 1};
   const CUresult result = encoder.entry(
       reinterpret_cast<CUtensorMap*>(&map), t.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,

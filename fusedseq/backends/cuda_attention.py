@@ -143,7 +143,7 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     call = Call(p)
     if p.cu_q is not None:  # rows behind the last sequence are not visited
         out.zero_()
-        lse.copy_(lse.new_tensor(float("-inf")) if call.sinks is None else call.sinks.view(1, -1, 1))
+        lse.fill_(float("-inf")) if call.sinks is None else lse.copy_(call.sinks.view(1, -1, 1))
     with cuda_scan._on(p.q) as stream:
         named = call.named(stream)
         count, size = call.parts()

@@ -94,7 +94,7 @@ class _Layout(NamedTuple):
 
 def _layout(x: Tensor, T: int, B: int, batch_first: bool, lengths: Tensor | None, sizes: Tensor | None) -> _Layout:
     if sizes is not None:
-        ends = (sizes.unsqueeze(1) > torch.arange(B)).sum(0, dtype=torch.int32)
+        ends = (sizes.unsqueeze(1) > torch.arange(B, device=sizes.device)).sum(0, dtype=torch.int32)
         offsets = sizes.cumsum(0) - sizes
         return _Layout(True, False, T, B, x.shape[0], ends.to(x.device), offsets.to(x.device))
     on_device = None if lengths is None else lengths.to(torch.int32).to(x.device)
@@ -181,7 +181,8 @@ class Fault(RuntimeError):
 @functools.cache
 def _fault_word(device: str) -> Tensor:
     """What a kernel sets when a barrier does not complete. On the host, so that reading it waits for nothing."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=device != "cpu")
+    with torch.inference_mode(False):  # it outlives the call that makes it
+        return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device != "cpu")
 
 
 def check_fault(device: torch.device) -> None:
@@ -221,6 +222,7 @@ def scan_forward(
     save: int,
     panels: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    check_fault(x.device)  # first: after a trap all else that touches the device raises a bare CUDA error
     D = 2 if bidirectional else 1
     T, B, _, H, R, _ = tensors.sizes(cell, x, h0, weights, D, batch_first, batch_sizes)
     p = _Parameters.of(weights, D)
@@ -242,7 +244,6 @@ def scan_forward(
     resets = None if resets is None else resets.contiguous()
     sizes = (T, B, H, R, D)
     core = _core()
-    check_fault(x.device)
     with _on(x) as stream:
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         bias, bias_n = _biases(cell, p, S, H)
@@ -285,6 +286,7 @@ def scan_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    check_fault(x.device)
     D = 2 if bidirectional else 1
     T, B, _, H, R, _ = tensors.sizes(cell, x, h0, weights, D, batch_first, batch_sizes)
     p = _Parameters.of(weights, D)
@@ -315,7 +317,6 @@ def scan_backward(
     width = reserve.shape[2]
     sizes, codes = (T, B, H, R, D), (tensors.CELLS[cell], tensors.DTYPES[x.dtype])
     core = _core()
-    check_fault(x.device)
     with _on(x) as stream:
         rounded = tf32(x.dtype)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True, rounded)
