@@ -54,7 +54,7 @@ def measure(core: Any, case: BarrierCase, rounds: int = ROUNDS, device: str = "c
     """
     ctas = case.ctas or core.device()[1]
     row: dict[str, Any] = {"case": str(case), **asdict(case), "ctas": ctas, "rounds": rounds}
-    row["assumed"] = core.assumed_clocks.get(case.tier)
+    row["assumed"] = core.assumed_clocks(core.tiers.index(case.tier), ctas) if case.tier else None
     for handed in (False, True):
         best: tuple[float, float] | None = None
         for _ in range(REPEATS):

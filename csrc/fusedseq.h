@@ -213,8 +213,8 @@ struct CudaScanParams {
   const int64_t* offsets;            // [T] running sum of batch_sizes where rows are packed, or null
   const int32_t* lengths;            // [B] steps of each row, or null: T each
   Rows gates;                        // [T,B,D*G*H] compute type: W_ih x
-  const void* bias;                  // [D,G*H] compute type or null: b_ih + b_hh, of a GRU's candidate b_ih alone
-  const void* bias_n;                // [D,H] compute type or null: b_hn of a GRU that resets after the product
+  const void* b_ih[kMaxDirections];  // [G*H] or null
+  const void* b_hh[kMaxDirections];  // [G*H] or null
   const void* h0;                    // [D,B,R] or null: zeros
   const void* c0;                    // [D,B,H] or null: zeros
   const void* w_hh[kMaxDirections];  // [G*H, R]
@@ -337,6 +337,7 @@ struct CudaPlan {
   bool holding;       // of half types, in tiers block and cluster: as many weights as fit lie in registers
   int shared;         // bytes of a CTA
   int64_t workspace;  // bytes, zeros where `zeroed`
+  int64_t second_fed; // tier step: where in the workspace lies what the products of odd turns take
   bool zeroed;
   int64_t together;  // groups of one launch, 0: all
   int64_t first;     // group of a launch, of those that come one after the other

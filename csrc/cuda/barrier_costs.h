@@ -36,8 +36,8 @@ std::string barrier_rounds(const BarrierParams& p);
 
 // Clocks that the choice of a tier assumes for what the parts of a group exchange in a step (tier `block`: two
 // __syncthreads). Estimates, until they have been measured.
-constexpr int exchange_clocks(CudaTier tier) {
-  return tier == CudaTier::block ? 100 : tier == CudaTier::cluster ? 900 : 2500;
+constexpr int exchange_clocks(CudaTier tier, int ranks) {
+  return tier == CudaTier::block ? 250 : tier == CudaTier::cluster ? 750 + 55 * ranks : 2200 + 25 * ranks;
 }
 
 }  // namespace fusedseq

@@ -11,7 +11,7 @@ int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) 
   });
 }
 
-bool cluster_possible(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
+int cluster_resident(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
   int clusters = 0;
   const std::string error = for_shape(p, plan, [&](auto c, auto e, auto shape) {
     constexpr Cell C = decltype(c)::value;
@@ -21,7 +21,7 @@ bool cluster_possible(const CudaScanParams& p, const CudaPlan& plan, bool backwa
                     : active_clusters(clusters, &persistent_forward<C, E, ClusterChannel, decltype(shape)>,
                                       persistent_launch("cluster_forward", p, plan));
   });
-  return error.empty() && clusters > 0;
+  return error.empty() ? clusters : 0;
 }
 
 std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan) {

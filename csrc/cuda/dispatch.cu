@@ -19,13 +19,18 @@ int warps_for(int units) {
   return tiles >= 8 ? tiles : tiles * (8 / tiles);
 }
 
+// Groups that the device runs at a time.
+int64_t resident(const CudaScanParams& p, const Device& device, const CudaPlan& plan, bool backward) {
+  return plan.tier == CudaTier::cluster ? cluster_resident(p, plan, backward) : device.sm_count / plan.ranks;
+}
+
 // Clocks of a step: what an exchange costs, and the longer of what a CTA reads from shared memory (weights that no
 // register holds, and the state once for each tile of units, at 128 bytes a clock) and what it multiplies; times the
-// turns in which the device takes all CTAs. Multiplications a clock: 128 in float32, and by mma.sync about two thirds
-// of what wgmma does on Hopper. Estimates, until they have been measured.
-double step_clocks(const CudaScanParams& p, bool backward, const Device& device, const CudaPlan& plan) {
-  const int64_t ctas = up(p.B, plan.rows) / plan.rows * p.D * plan.ranks;
-  const double turns = double(up(ctas, device.sm_count) / device.sm_count);
+// turns in which the device takes all groups. Multiplications a clock: 128 in float32, and by mma.sync about two thirds
+// of what wgmma does on Hopper.
+double step_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan, int64_t together) {
+  const int64_t groups = up(p.B, plan.rows) / plan.rows * p.D;
+  const double turns = double(up(groups, together) / together);
   const bool single = p.dtype == DType::f32, before = p.cell == Cell::gru_reset_before;
   // Gates side by side in forward; in backward gate gradients one after the other.
   const int gates = gate_count(p.cell), first = before ? 2 : gates, side = backward ? 1 : first;
@@ -36,7 +41,7 @@ double step_clocks(const CudaScanParams& p, bool backward, const Device& device,
   const double state = plan.units / 16 * plan.rows * terms * (before ? 1.5 : 1);
   const double read = (single ? 4 : 2) * (weights - held + state) / 128;
   const double rate = !single ? 1300 : p.tf32 ? 650 : 128, multiplied = weights * plan.rows / rate;
-  return turns * (exchange_clocks(plan.tier) + (read > multiplied ? read : multiplied));
+  return turns * (exchange_clocks(plan.tier, plan.ranks) + (read > multiplied ? read : multiplied));
 }
 
 int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
@@ -45,14 +50,15 @@ int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
                                           : grid_bytes(p, plan, backward);
 }
 
-// Why this tier does not take the scan, empty if it does; fills in the plan.
-std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan) {
+// Why this tier does not take the scan, empty if it does; fills in the plan and the clocks of a step.
+std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan,
+                double& best) {
   CudaPlan one{};
   one.tier = tier;
   one.stuck = -1;
   if (tier == CudaTier::step) {
     one.ranks = 1;
-    one.workspace = step_workspace(p, backward);
+    one.workspace = step_workspace(p, backward, &one.second_fed);
     plan = one;
     return "";
   }
@@ -61,7 +67,7 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
   if (tier == CudaTier::cluster && device.max_cluster < 2) return "the device has no clusters";
   const int fewest = tier == CudaTier::block ? 1 : 2;
   const int most = tier == CudaTier::block ? 1 : tier == CudaTier::cluster ? device.max_cluster : device.sm_count;
-  double best = 0;
+  best = 0;
   for (int ranks = fewest; ranks <= most; ++ranks) {
     one.units = int(up((p.H + ranks - 1) / ranks, 16));
     one.warps = warps_for(one.units);
@@ -71,14 +77,17 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
       one.rows = shape == 0 ? 16 : 8;
       one.holding = shape == 2;
       if (one.rows == 16 && p.B <= 8) continue;
+      const int elements = one.holding ? Holding::kElements : Wide::kElements;
+      if (one.rows * one.units > 32 * one.warps * elements) continue;
       if (one.holding && (p.dtype == DType::f32 || tier == CudaTier::grid || one.warps > Holding::kWarps)) continue;
       one.shared = bytes_of(p, one, backward);
       if (one.shared > device.shared_per_block) continue;
-      const double clocks = step_clocks(p, backward, device, one);
+      const int64_t together = resident(p, device, one, backward);
+      if (!together) continue;
+      const double clocks = step_clocks(p, backward, one, together);
       if (best && clocks >= best) continue;
-      if (tier == CudaTier::cluster && !cluster_possible(p, one, backward)) continue;
       if (tier == CudaTier::grid) {
-        one.together = device.sm_count / ranks;
+        one.together = together;
         one.workspace = grid_workspace(p, one, backward);
         one.zeroed = true;
       }
@@ -102,16 +111,24 @@ std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, CudaPlan
   Device device;
   const std::string error = query(device);
   if (!error.empty()) return error;
+  double clocks = 0;
   if (tier >= 0) {
-    const std::string why = fit(p, backward, device, CudaTier(tier), plan);
+    const std::string why = fit(p, backward, device, CudaTier(tier), plan, clocks);
     return why.empty() ? why : std::string("tier ") + kTiers[tier] + " refuses " + describe(p) + ": " + why;
   }
-  for (CudaTier one : {CudaTier::block, CudaTier::cluster, CudaTier::grid})
-    if (fit(p, backward, device, one, plan).empty()) return "";
-  return fit(p, backward, device, CudaTier::step, plan);
+  bool found = false;
+  double best = 0;
+  for (CudaTier one : {CudaTier::block, CudaTier::cluster, CudaTier::grid}) {
+    CudaPlan other{};
+    if (!fit(p, backward, device, one, other, clocks).empty() || (found && clocks >= best)) continue;
+    found = true;
+    best = clocks;
+    plan = other;
+  }
+  return found ? "" : fit(p, backward, device, CudaTier::step, plan, clocks);
 }
 
-std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan) {
+std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan, const StepProduct& product) {
   switch (plan.tier) {
     case CudaTier::block:
       return block_forward(p, plan);
@@ -120,11 +137,11 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan) {
     case CudaTier::grid:
       return grid_forward(p, plan);
     default:
-      return step_forward(p);
+      return step_forward(p, product);
   }
 }
 
-std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
+std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan, const StepProduct& product) {
   switch (plan.tier) {
     case CudaTier::block:
       return block_backward(p, plan);
@@ -133,7 +150,7 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
     case CudaTier::grid:
       return grid_backward(p, plan);
     default:
-      return step_backward(p);
+      return step_backward(p, product);
   }
 }
 

@@ -82,7 +82,9 @@ struct ClusterChannel {
   FSQ_DEVICE void publish(int rank, int n) {
     ptx::fence_proxy_async();  // each thread for what it wrote
     __syncthreads();
-    const int peer = int(threadIdx.x), which = (n + 1) % 2;
+    // A warp issues its lanes' copies one after the other: each warp takes some of the peers.
+    const int which = (n + 1) % 2, warps = int(blockDim.x) / 32;
+    const int peer = int(threadIdx.x) / 32 + int(threadIdx.x) % 32 * warps;
     if (peer < slices.ranks && peer != rank) {
       const uint32_t mine = slices.data.address(slices.at(which, rank));
       const uint32_t barrier = ptx::mapa(full.address(which), uint32_t(peer));
@@ -159,10 +161,20 @@ struct GridChannel {
         late = now - since > kPatience;
       }
     if (__syncthreads_or(late)) return false;
+    // As many loads under way as there are registers for: one after the other each would cost a trip to L2.
+    constexpr int kTogether = 8;
     const GlobalSpan<E> in(data, all());
-    const int first = slices.at((n + 1) % 2, 0);
-    for (int i = int(threadIdx.x) * kVector; i < slices.ranks * slices.slice(); i += int(blockDim.x) * kVector)
-      slices.data.template store<uint4>(first + i, in.template load<uint4>(first + i));
+    const int first = slices.at((n + 1) % 2, 0), size = slices.ranks * slices.slice();
+    const int step = int(blockDim.x) * kVector;
+    for (int i = int(threadIdx.x) * kVector; i < size; i += kTogether * step) {
+      uint4 value[kTogether];
+      FSQ_UNROLL
+      for (int c = 0; c < kTogether; ++c)
+        if (i + c * step < size) value[c] = in.template load<uint4>(first + i + c * step);
+      FSQ_UNROLL
+      for (int c = 0; c < kTogether; ++c)
+        if (i + c * step < size) slices.data.template store<uint4>(first + i + c * step, value[c]);
+    }
     __syncthreads();
     return true;
   }

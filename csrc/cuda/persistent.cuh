@@ -2,7 +2,7 @@
 // gradients (backward) move between steps. Tiers differ in the channel they move through (exchange.cuh).
 //
 // A group of `ranks` CTAs owns one direction of one tile of rows; each rank owns `units` hidden units with all their
-// gates. The thread of a (row, unit) keeps it for the whole scan: its cell state stays in float32 in shared memory.
+// gates. The thread of a (row, unit) keeps it for the whole scan: its cell state stays in float32 in a register.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/exchange.cuh"
@@ -41,7 +41,6 @@ struct ForwardMemory {
   Panel<E> w, w_n;
   Channel<E> h, rh;
   Sums sums;
-  SharedSpan<float> state;
 
   template <class Arena>
   FSQ_BOTH static ForwardMemory carve(Arena& arena, const CudaPlan& plan) {
@@ -53,7 +52,6 @@ struct ForwardMemory {
     m.h = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     if (kTwo) m.rh = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), kFirst<C>, plan.rows, plan.units);
-    m.state = arena.template take<float>(plan.rows * plan.units);
     return m;
   }
 };
@@ -83,80 +81,91 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   if (p.h0)
     for (int i = int(threadIdx.x); i < plan.ranks * plan.rows * width; i += int(blockDim.x)) {
       const int rank = i / (plan.rows * width), b = i / width % plan.rows;
-      const Spot s{share.d, 0, share.b0 + b, int64_t(rank) * width + i % width};
+      const Spot s{share.d, share.b0 + b, int64_t(rank) * width + i % width, {0, 0}};
       if (s.b < p.B && s.u < p.H)
         m.h.slices.data.store(m.h.slices.at(0, rank) + b * m.h.slices.pitch() + i % width,
                               narrow<E>(initial<Stored<E>>(p, p.h0, s, p.H)));
     }
+  Element element[kElements];
+  Bias<C, Stored<E>> bias;
+  float state[kElements];
+  int length[kElements];
+  Moment when = moment(p, time_of(share.d, 0, steps));
+  if (share.mine) bias.load(p, share.d, share.spot(0, when).u);
+  FSQ_UNROLL
   for (int n = 0; n < kElements; ++n) {
-    const int e = share.element(n);
-    if (share.owns(p, e)) m.state.store(e, initial<Stored<E>>(p, C == Cell::lstm ? p.c0 : p.h0, share.spot(e, 0), p.H));
+    if (n >= share.mine) continue;
+    const Spot s = share.spot(n, when);
+    state[n] = initial<Stored<E>>(p, C == Cell::lstm ? p.c0 : p.h0, s, p.H);
+    length[n] = int(length_of(p, s.b));
+    if (steps > 0) element[n].load(p, s, length[n]);
   }
   m.h.begin(share.rank);
   if constexpr (Memory::kTwo) m.rh.begin(share.rank);
 
-  const auto total = [&](int gate, int e) {
+  const Task first(m.w, m.h.slices, parts);
+  const auto total = [&](int gate, int n) {
     float sum = 0;
-    for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, gate, e / width, e % width)];
+    for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, gate, share.row_of(n), share.unit)];
     return sum;
   };
   for (int64_t i = 0; i < steps; ++i) {
     const int now = int(i & 1), turn = int(i);
-    Element element[kElements];
-    FSQ_UNROLL
-    for (int n = 0; n < kElements; ++n) {
-      const int e = share.element(n);
-      if (share.owns(p, e)) element[n].load(p, share.spot(e, time_of(share.d, i, steps)));
-    }
     bool arrived = i == 0 || m.h.wait(turn - 1);
-    if (arrived) multiply<kFirst<C>, kRows>(m.w, held, m.h.slices, now, parts, m.sums);
+    if (arrived) multiply<kFirst<C>, kRows>(first, m.w, held, m.h.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(p);
     if constexpr (Memory::kTwo) {
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {
-        const int e = share.element(n);
-        if (!share.owns(p, e)) continue;
-        float sums[2] = {total(0, e), total(1, e)}, rh = 0;
-        if (element[n].live) rh = element[n].gate(sums, m.state[e]);
-        const Slices<E>& to = m.rh.slices;
-        to.data.store(to.at(1 - now, share.rank) + e / width * to.pitch() + e % width, narrow<E>(rh));
+        if (n >= share.mine) continue;
+        float sums[2] = {total(0, n), total(1, n)}, rh = 0;
+        if (element[n].live) rh = element[n].gate(bias, sums, state[n]);
+        m.rh.slices.put(1 - now, share.rank, share.row_of(n), share.unit, narrow<E>(rh));
       }
       m.rh.publish(share.rank, turn);
       arrived = m.rh.wait(turn);
-      if (arrived) multiply<1, kRows>(m.w_n, Held<1, 0>(), m.rh.slices, 1 - now, parts, m.sums);
+      if (arrived)
+        multiply<1, kRows>(Task(m.w_n, m.rh.slices, parts), m.w_n, Held<1, 0>(), m.rh.slices, 1 - now, parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(p);
     }
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
-      const int e = share.element(n);
-      if (!share.owns(p, e)) continue;
-      const Spot s = share.spot(e, time_of(share.d, i, steps));
+      if (n >= share.mine) continue;
       const Slices<E>& h = m.h.slices;
-      const int at = e / width * h.pitch() + e % width;
       E next;
       if (element[n].live) {
-        float sums[kFirst<C>], state = m.state[e];
+        float sums[kFirst<C>];
         FSQ_UNROLL
-        for (int g = 0; g < kFirst<C>; ++g) sums[g] = Memory::kTwo && g > 0 ? 0 : total(g, e);
-        const float out = element[n].finish(p, s, sums, state);
-        m.state.store(e, state);
-        next = narrow<E>(out);
-        Element::emit(p, s, out);
+        for (int g = 0; g < kFirst<C>; ++g) sums[g] = Memory::kTwo && g > 0 ? 0 : total(g, n);
+        next = narrow<E>(element[n].finish(p, bias, sums, state[n]));
       } else {
-        next = h.data[h.at(now, share.rank) + at];
+        next = h.get(now, share.rank, share.row_of(n), share.unit);
       }
-      h.data.store(h.at(1 - now, share.rank) + at, next);
+      h.put(1 - now, share.rank, share.row_of(n), share.unit, next);
     }
     if (i + 1 < steps) publish(m.h, plan, share.rank, turn);
+    // While the state is on its way: what the step leaves behind, and what the next one needs.
+    const Moment after = moment(p, i + 1 < steps ? time_of(share.d, i + 1, steps) : -1);
+    FSQ_UNROLL
+    for (int n = 0; n < kElements; ++n) {
+      if (n >= share.mine) continue;
+      if (element[n].live) {
+        const Spot s = share.spot(n, when);
+        Element::emit(p, s, element[n].h);
+        element[n].save(p, s);
+      }
+      if (i + 1 < steps) element[n].load(p, share.spot(n, after), length[n]);
+    }
+    when = after;
   }
   __syncthreads();
+  FSQ_UNROLL
   for (int n = 0; n < kElements; ++n) {
-    const int e = share.element(n);
-    if (!share.owns(p, e)) continue;
-    const Spot s = share.spot(e, 0);
+    if (n >= share.mine) continue;
+    const Spot s = share.spot(n, {0, 0});
     const int64_t at = state_at(p, s, p.H);
     Element::end(p, s, at);
-    if (C == Cell::lstm) write<Stored<E>>(p.c_n, at, m.state[e]);
+    if (C == Cell::lstm) write<Stored<E>>(p.c_n, at, state[n]);
   }
   m.h.end();
 }
@@ -167,7 +176,6 @@ struct BackwardMemory {
   Panel<E> w, w_n;
   Channel<E> fed, dn;
   Sums sums;
-  SharedSpan<float> carry, dc;
 
   template <class Arena>
   FSQ_BOTH static BackwardMemory carve(Arena& arena, const CudaPlan& plan) {
@@ -178,8 +186,6 @@ struct BackwardMemory {
     m.fed = Channel<E>::carve(arena, plan.ranks, plan.rows, kFed<C> * plan.units);
     if (kTwo) m.dn = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), 1, plan.rows, plan.units);
-    m.carry = arena.template take<float>(plan.rows * plan.units);
-    if (C == Cell::lstm) m.dc = arena.template take<float>(plan.rows * plan.units);
     return m;
   }
 };
@@ -205,85 +211,81 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   if constexpr (Memory::kTwo) WeightColumns<E>{f, share, 2, 1}.load(m.w_n);
   clear(m.fed.slices);
   if constexpr (Memory::kTwo) clear(m.dn.slices);
+  Element element[kElements];
+  float carry[kElements], dc[kElements];
+  int length[kElements];
+  Moment when = moment(f, steps > 0 ? time_of(share.d, steps - 1, steps) : -1);
+  FSQ_UNROLL
   for (int n = 0; n < kElements; ++n) {
-    const int e = share.element(n);
-    if (!share.owns(f, e)) continue;
-    m.carry.store(e, initial<Stored<E>>(f, p.dh_n, share.spot(e, 0), f.H));
-    if (C == Cell::lstm) m.dc.store(e, initial<Stored<E>>(f, p.dc_n, share.spot(e, 0), f.H));
+    if (n >= share.mine) continue;
+    const Spot s = share.spot(n, when);
+    carry[n] = initial<Stored<E>>(f, p.dh_n, s, f.H);
+    dc[n] = C == Cell::lstm ? initial<Stored<E>>(f, p.dc_n, s, f.H) : 0;
+    length[n] = int(length_of(f, s.b));
+    element[n].load(p, s, length[n]);
   }
   m.fed.begin(share.rank);
   if constexpr (Memory::kTwo) m.dn.begin(share.rank);
 
-  const auto total = [&](int e) {
+  const Task first(m.w, m.fed.slices, parts);
+  const auto total = [&](int n) {
     float sum = 0;
-    for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, 0, e / width, e % width)];
+    for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, 0, share.row_of(n), share.unit)];
     return sum;
   };
   // One turn more than there are steps: the last gathers the gradients of the first states.
   for (int turn = 0; turn <= steps; ++turn) {
     const int now = turn & 1;
-    const bool last = turn == steps;
-    const int64_t t = last ? -1 : time_of(share.d, steps - 1 - turn, steps);
-    Element element[kElements];
-    float upstream[kElements];
-    FSQ_UNROLL
-    for (int n = 0; n < kElements; ++n) {
-      const int e = share.element(n);
-      if (!share.owns(f, e)) continue;
-      element[n].load(p, share.spot(e, t));
-      upstream[n] = element[n].live ? Element::upstream(p, share.spot(e, t)) : 0;
-    }
     bool arrived = turn == 0 || m.fed.wait(turn - 1);
-    if (arrived) multiply<1, kRows>(m.w, held, m.fed.slices, now, parts, m.sums);
+    if (arrived) multiply<1, kRows>(first, m.w, held, m.fed.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(f);
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
-      const int e = share.element(n);
-      if (!share.owns(f, e)) continue;
-      const Spot s = share.spot(e, t);
-      float carry = m.carry[e] + total(e), fed[kGatesOf<C>] = {}, dc = C == Cell::lstm ? m.dc[e] : 0;
-      if (element[n].live) {
-        const float dh = carry + upstream[n];
-        element[n].run(p, s, dh, fed, dc, carry);
-        if (C == Cell::lstm) m.dc.store(e, dc);
-      }
-      m.carry.store(e, carry);
-      const Slices<E>& to = m.fed.slices;
-      const int at = to.at(1 - now, share.rank) + e / width * to.pitch() + e % width;
+      if (n >= share.mine) continue;
+      float fed[kGatesOf<C>] = {};
+      carry[n] += total(n);
+      if (element[n].live) element[n].run(p, carry[n] + widen(element[n].dy), fed, dc[n], carry[n]);
+      const int row = share.row_of(n);
       if constexpr (Memory::kTwo) {
-        const Slices<E>& dn = m.dn.slices;
-        dn.data.store(dn.at(1 - now, share.rank) + e / width * dn.pitch() + e % width, narrow<E>(fed[0]));
-        to.data.store(at + width, narrow<E>(fed[1]));
+        m.dn.slices.put(1 - now, share.rank, row, share.unit, narrow<E>(fed[0]));
+        m.fed.slices.put(1 - now, share.rank, row, width + share.unit, narrow<E>(fed[1]));
       } else {
         FSQ_UNROLL
-        for (int g = 0; g < kFed<C>; ++g) to.data.store(at + g * width, narrow<E>(fed[g]));
+        for (int g = 0; g < kFed<C>; ++g)
+          m.fed.slices.put(1 - now, share.rank, row, g * width + share.unit, narrow<E>(fed[g]));
       }
     }
-    if (last) break;
+    if (turn == steps) break;
     if constexpr (Memory::kTwo) {
       m.dn.publish(share.rank, turn);
       arrived = m.dn.wait(turn);
-      if (arrived) multiply<1, kRows>(m.w_n, Held<1, 0>(), m.dn.slices, 1 - now, parts, m.sums);
+      if (arrived)
+        multiply<1, kRows>(Task(m.w_n, m.dn.slices, parts), m.w_n, Held<1, 0>(), m.dn.slices, 1 - now, parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {
-        const int e = share.element(n);
-        if (!share.owns(f, e)) continue;
-        float dr = 0, carry = m.carry[e];
-        if (element[n].live) dr = element[n].through_reset(p, share.spot(e, t), total(e), carry);
-        m.carry.store(e, carry);
-        const Slices<E>& to = m.fed.slices;
-        to.data.store(to.at(1 - now, share.rank) + e / width * to.pitch() + e % width, narrow<E>(dr));
+        if (n >= share.mine) continue;
+        const float dr = element[n].live ? element[n].through_reset(total(n), carry[n]) : 0;
+        m.fed.slices.put(1 - now, share.rank, share.row_of(n), share.unit, narrow<E>(dr));
       }
     }
     publish(m.fed, plan, share.rank, turn);
+    // While the gradients are on their way: what the step leaves behind, and what the next one needs.
+    const Moment after = moment(f, turn + 1 < steps ? time_of(share.d, steps - 2 - turn, steps) : -1);
+    FSQ_UNROLL
+    for (int n = 0; n < kElements; ++n) {
+      if (n >= share.mine) continue;
+      if (element[n].live) element[n].save(p, share.spot(n, when));
+      element[n].load(p, share.spot(n, after), length[n]);
+    }
+    when = after;
   }
+  FSQ_UNROLL
   for (int n = 0; n < kElements; ++n) {
-    const int e = share.element(n);
-    if (!share.owns(f, e)) continue;
-    const int64_t at = state_at(f, share.spot(e, 0), f.H);
-    write<Stored<E>>(p.dh0, at, m.carry[e]);
-    if (C == Cell::lstm) write<Stored<E>>(p.dc0, at, m.dc[e]);
+    if (n >= share.mine) continue;
+    const int64_t at = state_at(f, share.spot(n, {0, 0}), f.H);
+    write<Stored<E>>(p.dh0, at, carry[n]);
+    if (C == Cell::lstm) write<Stored<E>>(p.dc0, at, dc[n]);
   }
   m.fed.end();
 }

@@ -14,19 +14,22 @@ __global__ void __launch_bounds__(kThreads) previous_states(CudaScanParams p, Ro
   const int64_t columns = p.D * p.R, all = p.T * p.B * columns;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kThreads) {
     const int64_t column = i % columns, d = column / p.R;
-    const Spot s{d, i / columns / p.B, i / columns % p.B, column % p.R};
+    const Spot s{d, i / columns % p.B, column % p.R, moment(p, i / columns / p.B)};
+    const int64_t t = s.when.t;
     const int64_t length = length_of(p, s.b);
     // Packed rows past their length have no place at all.
-    if (s.t >= length && p.offsets) continue;
+    if (t >= length && p.offsets) continue;
     E h = narrow<E>(0);
-    if (s.t < length && !reset_at(p, s)) {
-      const int64_t before = d == 1 ? s.t + 1 : s.t - 1;
+    const bool reset =
+        p.resets.data && static_cast<const unsigned char*>(p.resets.data)[row_at(p, p.resets, s)];
+    if (t < length && !reset) {
+      const int64_t before = d == 1 ? t + 1 : t - 1;
       if (before >= 0 && before < length)
-        h = static_cast<const E*>(p.y.data)[row_at(p, p.y, before, s.b) + column];
+        h = static_cast<const E*>(p.y.data)[row_at(p, p.y, moment(p, before), s.b) + column];
       else
         h = narrow<E>(initial<E>(p, p.h0, s, p.R));
     }
-    static_cast<E*>(into.data)[row_at(p, into, s.t, s.b) + column] = h;
+    static_cast<E*>(into.data)[row_at(p, into, s) + column] = h;
   }
 }
 

@@ -38,6 +38,12 @@ struct Slices {
   FSQ_BOTH int pitch() const { return width + kPad<E>; }
   FSQ_BOTH int slice() const { return rows * pitch(); }
   FSQ_BOTH int at(int which, int rank) const { return (which * ranks + rank) * slice(); }
+  FSQ_DEVICE E get(int which, int rank, int row, int column) const {
+    return data[at(which, rank) + row * pitch() + column];
+  }
+  FSQ_DEVICE void put(int which, int rank, int row, int column, E value) const {
+    data.store(at(which, rank) + row * pitch() + column, value);
+  }
   template <class Arena>
   FSQ_BOTH static Slices carve(Arena& arena, int ranks, int rows, int width) {
     Slices s;
@@ -116,61 +122,85 @@ struct Sums {
   }
 };
 
-template <int N, int Rows>
-using Accumulators = float[N][Rows / kRowTile][4];
+// The tiles of terms that a warp multiplies: every `parts`-th of all, which lie in the slices of one rank after the
+// other. Made once: it holds what would be divided at every step.
+struct Task {
+  int tile, part;        // of units; among the warps that share it
+  int count;             // tiles of terms
+  int begin, in, slice;  // element of the first within a buffer of slices, its tile within its slice; tiles of a slice
+  int hop, far, back;    // to the next: tiles, elements; and elements more where it lies beyond the slice
 
-// The state of up to two tiles of rows as B of mma.sync, terms from `at` on, which is row 0 of a slice.
-template <int Rows, class E>
-FSQ_DEVICE void load_state(const Slices<E>& v, int at, uint32_t (&b)[2][2]) {
-  const int lane = int(threadIdx.x) % 32, column = at + lane % 16 / 8 * kVector<E>;
-  if (Rows > kRowTile && v.rows > kRowTile) {
+  template <class E>
+  FSQ_DEVICE Task(const Panel<E>& w, const Slices<E>& v, int parts) {
+    const int warp = int(threadIdx.x) / 32, tiles = w.units / kUnitTile;
+    tile = warp % tiles;
+    part = warp / tiles;
+    slice = v.width / kTermTile;
+    count = (w.terms / kTermTile - part + parts - 1) / parts;
+    in = part % slice;
+    begin = part / slice * v.slice() + in * kTermTile;
+    hop = parts % slice;
+    far = parts / slice * v.slice() + hop * kTermTile;
+    back = v.slice() - v.width;
+  }
+};
+
+// Where a warp is among its tiles.
+struct Walk {
+  int at, in;
+
+  FSQ_DEVICE void advance(const Task& task) {
+    at += task.far;
+    in += task.hop;
+    if (in >= task.slice) {
+      in -= task.slice;
+      at += task.back;
+    }
+  }
+};
+
+// The state of one or two tiles of rows as B of mma.sync; `from`: of this lane, in the slice and at the terms.
+template <int Tiles, class E>
+FSQ_DEVICE void load_state(uint32_t from, uint32_t (&b)[Tiles][2]) {
+  if constexpr (Tiles == 2) {
     // Matrices: rows 0..7 with the first and the second half of the terms, then rows 8..15.
     uint32_t all[4];
-    ptx::ldmatrix<4>(all, v.data.address(column + (lane % 8 + lane / 16 * 8) * v.pitch()));
+    ptx::ldmatrix<4>(all, from);
     memcpy(b, all, sizeof(all));
   } else {
-    ptx::ldmatrix<2>(b[0], v.data.address(column + lane % 8 * v.pitch()));
-    b[1][0] = b[1][1] = 0;
+    ptx::ldmatrix<2>(b[0], from);
   }
 }
-template <int Rows, class E>
-FSQ_DEVICE void multiply_rows(float (&d)[Rows / kRowTile][4], const uint32_t (&a)[4], const uint32_t (&b)[2][2],
-                              const Slices<E>& v) {
-  multiply_add<E>(d[0], a, b[0]);
-  if constexpr (Rows > kRowTile)
-    if (v.rows > kRowTile) multiply_add<E>(d[1], a, b[1]);
-}
 
-// One tile of 16 terms: terms k0 .. of the panel by column j of the slice at `from`.
-template <int N, int Rows, class E>
-FSQ_DEVICE void multiply_tile(const Panel<E>& w, const Slices<E>& v, int tile, int k0, int from, int j,
-                              Accumulators<N, Rows>& acc) {
-  const int lane = int(threadIdx.x) % 32, unit = tile * kUnitTile + lane % 16;
+// One tile of 16 terms. w, v: shared addresses of this lane's row of the panel and of the state, at the first term;
+// gate: bytes from one gate's rows to the next.
+template <int N, int Tiles, class E>
+FSQ_DEVICE void multiply_tile(uint32_t w, uint32_t gate, uint32_t v, float (&acc)[N][Tiles][4]) {
   FSQ_UNROLL
-  for (int k = 0; k < kTermTile; k += 2 * kVector<E>) {
-    uint32_t b[2][2];
-    load_state<Rows>(v, from + j + k, b);
+  for (int k = 0; k < kTermTile * int(sizeof(E)); k += 32) {
+    uint32_t b[Tiles][2];
+    load_state<Tiles, E>(v + uint32_t(k), b);
     FSQ_UNROLL
     for (int g = 0; g < N; ++g) {
       uint32_t a[4];
-      ptx::ldmatrix<4>(a, w.data.address(w.at(g * w.units + unit, k0 + k + lane / 16 * kVector<E>)));
-      multiply_rows<Rows>(acc[g], a, b, v);
+      ptx::ldmatrix<4>(a, w + uint32_t(g) * gate + uint32_t(k));
+      FSQ_UNROLL
+      for (int n = 0; n < Tiles; ++n) multiply_add<E>(acc[g][n], a, b[n]);
     }
   }
 }
 
 // The same of float32 that keeps its digits, by every thread for what it would own in an accumulator of mma.sync.
-template <int N, int Rows>
-FSQ_DEVICE void multiply_tile_exactly(const Panel<float>& w, const Slices<float>& v, int tile, int k0, int from, int j,
-                                      Accumulators<N, Rows>& acc) {
+template <int N, int Tiles>
+FSQ_DEVICE void multiply_tile_exactly(const Panel<float>& w, const Slices<float>& v, int tile, int k0, int from,
+                                      float (&acc)[N][Tiles][4]) {
   const int lane = int(threadIdx.x) % 32, unit = tile * kUnitTile + lane / 4, row = lane % 4 * 2;
   FSQ_UNROLL
   for (int k = 0; k < kTermTile; k += 4) {
     FSQ_UNROLL
-    for (int n = 0; n < Rows / kRowTile; ++n) {
-      if (n * kRowTile >= v.rows) continue;
-      const float4 x0 = v.data.template load<float4>(from + (n * kRowTile + row) * v.pitch() + j + k);
-      const float4 x1 = v.data.template load<float4>(from + (n * kRowTile + row + 1) * v.pitch() + j + k);
+    for (int n = 0; n < Tiles; ++n) {
+      const float4 x0 = v.data.template load<float4>(from + (n * kRowTile + row) * v.pitch() + k);
+      const float4 x1 = v.data.template load<float4>(from + (n * kRowTile + row + 1) * v.pitch() + k);
       FSQ_UNROLL
       for (int i = 0; i < 2 * N; ++i) {
         const int g = i / 2, below = i % 2;
@@ -183,45 +213,77 @@ FSQ_DEVICE void multiply_tile_exactly(const Panel<float>& w, const Slices<float>
   }
 }
 
-// By all warps of the block: the sums of buffer `which`. A barrier must follow before they are read.
-template <int N, int Rows, class E, int Tiles>
-FSQ_DEVICE void multiply(const Panel<E>& w, const Held<N, Tiles>& held, const Slices<E>& v, int which, int parts,
-                         const Sums& sums) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, tiles = w.units / kUnitTile;
-  const int tile = warp % tiles, part = warp / tiles;
-  Accumulators<N, Rows> acc = {};
-  int rank = 0, k0 = part * kTermTile, j = k0;
-  const auto advance = [&] {
-    k0 += parts * kTermTile;
-    j += parts * kTermTile;
-    for (; j >= v.width; j -= v.width) ++rank;
-  };
-  for (; j >= v.width; j -= v.width) ++rank;
-  if constexpr (Tiles > 0) {
-    FSQ_UNROLL
-    for (int t = 0; t < Tiles; ++t) {
-      if (k0 < w.terms) {
-        uint32_t b[2][2];
-        load_state<Rows>(v, v.at(which, rank) + j, b);
-        FSQ_UNROLL
-        for (int g = 0; g < N; ++g) multiply_rows<Rows>(acc[g], held.a[t][g], b, v);
+// One product waits for the one before it in the same sum, some 30 clocks; a warp that has one gate alone forms four
+// sums side by side.
+template <int N, class E>
+constexpr int kChains = std::is_same_v<E, float> || N > 2 ? 1 : 4 / N;
+
+template <int N, int Tiles, class E, int HeldTiles>
+FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Slices<E>& v,
+                              int which, int parts, const Sums& sums) {
+  constexpr int kSums = kChains<N, E>;
+  constexpr uint32_t kBytes = sizeof(E);
+  const int lane = int(threadIdx.x) % 32;
+  float acc[kSums][N][Tiles][4] = {};
+  Walk walk{v.at(which, 0) + task.begin, task.in};
+  int left = task.count, k0 = task.part * kTermTile;
+  if constexpr (std::is_same_v<E, float>) {
+    for (; left > 0; --left, k0 += parts * kTermTile, walk.advance(task))
+      multiply_tile_exactly<N, Tiles>(w, v, task.tile, k0, walk.at, acc[0]);
+  } else {
+    const int state_row = Tiles == 2 ? lane % 8 + lane / 16 * 8 : lane % 8;
+    const uint32_t state = v.data.address(state_row * v.pitch() + lane % 16 / 8 * kVector<E>);
+    if constexpr (HeldTiles > 0) {
+      FSQ_UNROLL
+      for (int t = 0; t < HeldTiles; ++t) {
+        if (t < task.count) {
+          uint32_t b[Tiles][2];
+          load_state<Tiles, E>(state + uint32_t(walk.at) * kBytes, b);
+          FSQ_UNROLL
+          for (int g = 0; g < N; ++g) FSQ_UNROLL
+          for (int n = 0; n < Tiles; ++n) multiply_add<E>(acc[t % kSums][g][n], held.a[t][g], b[n]);
+        }
+        walk.advance(task);
       }
-      advance();
+      left -= HeldTiles;
+      k0 += HeldTiles * parts * kTermTile;
+    }
+    if (left > 0) {
+      const uint32_t gate = uint32_t(w.units * w.pitch()) * kBytes, hop = uint32_t(parts * kTermTile) * kBytes;
+      uint32_t from = w.data.address(w.at(task.tile * kUnitTile + lane % 16, k0 + lane / 16 * kVector<E>));
+      const auto one = [&](auto& into) {
+        multiply_tile<N, Tiles, E>(from, gate, state + uint32_t(walk.at) * kBytes, into);
+        from += hop;
+        walk.advance(task);
+      };
+      constexpr int kTogether = kSums > 1 ? kSums : 2;
+      for (; left >= kTogether; left -= kTogether) FSQ_UNROLL
+      for (int c = 0; c < kTogether; ++c) one(acc[c % kSums]);
+      FSQ_UNROLL
+      for (int c = 0; c < kTogether - 1; ++c)
+        if (c < left) one(acc[c % kSums]);
     }
   }
-  for (; k0 < w.terms; advance()) {
-    if constexpr (std::is_same_v<E, float>)
-      multiply_tile_exactly<N, Rows>(w, v, tile, k0, v.at(which, rank), j, acc);
-    else
-      multiply_tile<N, Rows>(w, v, tile, k0, v.at(which, rank), j, acc);
-  }
-  const int unit = tile * kUnitTile + lane / 4, row = lane % 4 * 2;
+  const int unit = task.tile * kUnitTile + lane / 4, row = lane % 4 * 2;
   FSQ_UNROLL
   for (int g = 0; g < N; ++g) FSQ_UNROLL
-  for (int n = 0; n < Rows / kRowTile; ++n)
-    if (n * kRowTile < v.rows) FSQ_UNROLL
-  for (int i = 0; i < 4; ++i)
-    sums.data.store(sums.at(part, g, n * kRowTile + row + i % 2, unit + i / 2 * 8), acc[g][n][i]);
+  for (int n = 0; n < Tiles; ++n) FSQ_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    float sum = acc[0][g][n][i];
+    FSQ_UNROLL
+    for (int c = 1; c < kSums; ++c) sum += acc[c][g][n][i];
+    sums.data.store(sums.at(task.part, g, n * kRowTile + row + i % 2, unit + i / 2 * 8), sum);
+  }
+}
+
+// By all warps of the block: the sums of buffer `which`. A barrier must follow before they are read.
+template <int N, int Rows, class E, int HeldTiles>
+FSQ_DEVICE void multiply(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Slices<E>& v,
+                         int which, int parts, const Sums& sums) {
+  if (Rows > kRowTile && v.rows > kRowTile)
+    multiply_rows<N, Rows / kRowTile>(task, w, held, v, which, parts, sums);
+  else
+    multiply_rows<N, 1>(task, w, held, v, which, parts, sums);
 }
 
 }  // namespace FSQ_ISA

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cuda/launch.h"
+#include "cuda/surface.h"
 #include "cuda/value.cuh"
 #include "fusedseq.h"
 
@@ -20,12 +21,12 @@ inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warp
 
 // What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, and registers of a thread for weights.
 struct Wide {
-  static constexpr int kWarps = 12, kRows = 16, kElements = 8, kHeld = 0;
+  static constexpr int kWarps = 12, kRows = 16, kElements = 4, kHeld = 0;
 };
-// 256 threads have 255 registers each. All else needs about 100 of them, so 144 hold weights: of an LSTM's 4 gates by 9
+// 256 threads have 255 registers each. All else needs about 160 of them, so 88 hold weights: of an LSTM's 4 gates by 5
 // tiles of 16 terms.
 struct Holding {
-  static constexpr int kWarps = 8, kRows = 8, kElements = 4, kHeld = 144;
+  static constexpr int kWarps = 8, kRows = 8, kElements = 2, kHeld = 88;
 };
 // Tiles of 16 terms that a warp of this shape holds of a panel with so many gates.
 template <class Shape, int Gates>
@@ -82,15 +83,16 @@ auto for_cell(Cell cell, F f) {
   }
 }
 
-int64_t step_workspace(const CudaScanParams& p, bool backward);
-std::string step_forward(const CudaScanParams& p);
-std::string step_backward(const CudaScanGradParams& p);
+// second_fed: where in the workspace what every other product takes lies; what the others take is where it begins.
+int64_t step_workspace(const CudaScanParams& p, bool backward, int64_t* second_fed = nullptr);
+std::string step_forward(const CudaScanParams& p, const StepProduct& product);
+std::string step_backward(const CudaScanGradParams& p, const StepProduct& product);
 // Shared memory of a CTA under this plan.
 int block_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 std::string block_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string block_backward(const CudaScanGradParams& p, const CudaPlan& plan);
-// Whether the device can hold one of its clusters at all.
-bool cluster_possible(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+// Clusters that the device holds at a time, 0 if it cannot hold one.
+int cluster_resident(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cluster_backward(const CudaScanGradParams& p, const CudaPlan& plan);

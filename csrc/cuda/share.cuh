@@ -12,9 +12,12 @@ FSQ_BOTH int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) {
   return (p.B + plan.rows - 1) / plan.rows * p.D;
 }
 
-// Which rows and units a CTA and a thread own.
+// Which rows and units a CTA and a thread own. A block has a whole number of threads for each unit, so that a thread
+// stays with one unit: its n-th element is `step` rows below the one before.
 struct Share {
-  int rank, units, rows, count;
+  int rank, units, rows;
+  int unit, row, step;  // of this thread: its unit within the rank, the first of its rows within the tile
+  int mine;             // elements of this thread
   int64_t d, b0, group, groups;
 
   FSQ_DEVICE Share(const CudaScanParams& p, const CudaPlan& plan, int rank) : rank(rank) {
@@ -22,15 +25,17 @@ struct Share {
     groups = groups_of(p, plan);
     units = plan.units;
     rows = plan.rows;
-    count = units * rows;
     d = group % p.D;
     b0 = group / p.D * rows;
+    unit = int(threadIdx.x) % units;
+    row = int(threadIdx.x) / units;
+    step = int(blockDim.x) / units;
+    const int there = p.B - b0 < rows ? int(p.B - b0) : rows;
+    mine = int64_t(rank) * units + unit < p.H && row < there ? (there - row + step - 1) / step : 0;
   }
-  // The n-th element of this thread, neighbouring threads taking neighbouring units.
-  FSQ_DEVICE int element(int n) const { return int(threadIdx.x) + n * int(blockDim.x); }
-  FSQ_DEVICE Spot spot(int e, int64_t t) const { return {d, t, b0 + e / units, int64_t(rank) * units + e % units}; }
-  FSQ_DEVICE bool owns(const CudaScanParams& p, int e) const {
-    return e < count && b0 + e / units < p.B && int64_t(rank) * units + e % units < p.H;
+  FSQ_DEVICE int row_of(int n) const { return row + n * step; }
+  FSQ_DEVICE Spot spot(int n, Moment when) const {
+    return {d, b0 + row_of(n), int64_t(rank) * units + unit, when};
   }
   // Steps that any row of the tile takes.
   FSQ_DEVICE int64_t steps(const CudaScanParams& p) const {

@@ -1,7 +1,8 @@
 // Tier `step`: one launch for each step, or two where a second product must follow (projection, reset before the
 // product). Any H, any dtype, any device; the weights stream through the caches on every step.
 //
-// The products are tiles of 16 rows x 16 units, 32 terms at a time through shared memory, in the compute type or, of
+// The caller may form the product of each step itself (StepProduct), by a library that is faster at it: then a launch is
+// what is left of the step. Else the products are tiles of 16 rows x 16 units, 32 terms at a time through shared memory, in the compute type or, of
 // operands rounded to TF32 as they come there, by the tensor cores. A block computes all gates of its units, and the
 // thread of each (row, unit) finishes it.
 //
@@ -60,6 +61,14 @@ struct StepMemory {
     return used;
   }
 };
+
+// The same where the caller has formed them: products [D,B,N*units].
+template <class S, int N>
+FSQ_DEVICE void take(const void* products, const Spot& s, int64_t rows, int64_t units, S (&sums)[N]) {
+  const S* const mine = static_cast<const S*>(products) + (s.d * rows + s.b) * N * units + s.u;
+  FSQ_UNROLL
+  for (int g = 0; g < N; ++g) sums[g] = mine[g * units];
+}
 
 // sums[g] = sum over k of a[b][k] w[g][u][k] for this thread's row b0 + tid / 16 and unit u0 + tid % 16.
 template <class E>
@@ -133,14 +142,15 @@ constexpr int shared_bytes(int gates) {
   return staged + (kTensorCores<E> ? kTermParts * gates * kTile * kPartPitch * 4 + 16 : 0);
 }
 
-FSQ_DEVICE Spot spot(int64_t t) {
+FSQ_DEVICE Spot spot(const CudaScanParams& p, int64_t t) {
   const int tid = int(threadIdx.x);
-  return {int64_t(blockIdx.z), t, int64_t(blockIdx.y) * kTile + tid / kTile, int64_t(blockIdx.x) * kTile + tid % kTile};
+  return {int64_t(blockIdx.z), int64_t(blockIdx.y) * kTile + tid / kTile, int64_t(blockIdx.x) * kTile + tid % kTile,
+          moment(p, t)};
 }
 
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads) step_begin(CudaScanParams p, StepMemory<E> m) {
-  const Spot s = spot(0);
+  const Spot s = spot(p, 0);
   if (s.b >= p.B) return;
   if (s.u < p.R) m.fed[0][state_at(p, s, p.R)] = narrow<E>(initial<E>(p, p.h0, s, p.R));
   if (s.u < p.H)
@@ -159,23 +169,32 @@ FSQ_DEVICE void hand_on(const CudaScanParams& p, const StepMemory<E>& m, const S
 }
 
 template <Cell C, class E>
-__global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i) {
+__global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i,
+                                                           const void* products) {
   typedef Compute<E> S;
-  const Spot s = spot(time_of(blockIdx.z, i, p.T));
+  const Spot s = spot(p, time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.H;
   Forward<C, Stored<E>> element;
-  if (mine) element.load(p, s);
+  Bias<C, Stored<E>> bias;
+  if (mine) {
+    element.load(p, s, int(length_of(p, s.b)));
+    bias.load(p, s.d, s.u);
+  }
   S sums[kFirst<C>];
-  const Factor<Stored<E>> w{static_cast<const Stored<E>*>(p.w_hh[s.d]), p.H * p.R, p.R, 1};
-  multiply<E>(m.fed[i & 1] + s.d * p.B * p.R, p.R, p.B, s.b - threadIdx.x / kTile, w, p.H, s.u - threadIdx.x % kTile,
-              p.R, sums);
+  if (products) {
+    if (mine) take(products, s, p.B, p.H, sums);
+  } else {
+    const Factor<Stored<E>> w{static_cast<const Stored<E>*>(p.w_hh[s.d]), p.H * p.R, p.R, 1};
+    multiply<E>(m.fed[i & 1] + s.d * p.B * p.R, p.R, p.B, s.b - threadIdx.x / kTile, w, p.H, s.u - threadIdx.x % kTile,
+                p.R, sums);
+  }
   if (!mine) return;
   const int64_t at = state_at(p, s, p.H);
   if constexpr (C == Cell::gru_reset_before) {
     const S h = m.state[at];
     S rh = S(0);
     if (element.live) {
-      rh = element.gate(sums, h);
+      rh = element.gate(bias, sums, h);
       m.gates[at * 2] = element.gates[0];
       m.gates[at * 2 + 1] = element.gates[1];
     }
@@ -183,8 +202,9 @@ __global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepM
   } else {
     S state = m.state[at], h = S(0);
     if (element.live) {
-      h = element.finish(p, s, sums, state);
+      h = element.finish(p, bias, sums, state);
       m.state[at] = state;
+      element.save(p, s);
     }
     if (C == Cell::lstm && p.w_hr[0])
       m.inner[at] = narrow<Stored<E>>(h);
@@ -198,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepM
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i) {
   typedef Compute<E> S;
-  const Spot s = spot(time_of(blockIdx.z, i, p.T));
+  const Spot s = spot(p, time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.R;
   typedef Stored<E> W;
   const W* const w =
@@ -208,16 +228,20 @@ __global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p
               s.u - threadIdx.x % kTile, p.H, sums);
   if (!mine) return;
   if constexpr (C == Cell::lstm) {
-    hand_on<C>(p, m, s, i, s.t < length_of(p, s.b), sums[0]);
+    hand_on<C>(p, m, s, i, s.when.t < length_of(p, s.b), sums[0]);
   } else {
     const int64_t at = state_at(p, s, p.H);
     Forward<C, Stored<E>> element;
-    element.load(p, s);
+    Bias<C, Stored<E>> bias;
+    element.load(p, s, int(length_of(p, s.b)));
+    bias.load(p, s.d, s.u);
     S h = m.state[at];
     if (element.live) {
       element.gates[0] = m.gates[at * 2];
       element.gates[1] = m.gates[at * 2 + 1];
-      m.state[at] = h = element.finish(p, s, sums, h);
+      element.finish(p, bias, sums, h);
+      m.state[at] = h;
+      element.save(p, s);
     }
     hand_on<C>(p, m, s, i, element.live, h);
   }
@@ -226,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) step_forward_second(CudaScanParams p
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads) step_backward_begin(CudaScanGradParams p, StepMemory<E> m) {
   const CudaScanParams& f = p.fwd;
-  const Spot s = spot(0);
+  const Spot s = spot(f, 0);
   if (s.b >= f.B) return;
   if (s.u < f.R) m.carry[state_at(f, s, f.R)] = initial<E>(f, p.dh_n, s, f.R);
   if (s.u >= f.H) return;
@@ -240,13 +264,14 @@ FSQ_DEVICE void run_backward(const CudaScanGradParams& p, const StepMemory<E>& m
   typedef Compute<E> S;
   const CudaScanParams& f = p.fwd;
   Backward<C, E> element;
-  element.load(p, s);
+  element.load(p, s, int(length_of(f, s.b)));
   S fed[kGatesOf<C>] = {};
   const int64_t at = state_at(f, s, f.H);
   S dc = m.state[at];
   if (element.live) {
-    element.run(p, s, dh, fed, dc, carry);
+    element.run(p, dh, fed, dc, carry);
     m.state[at] = dc;
+    element.save(p, s, C == Cell::gru_reset_before);
   }
   if constexpr (C == Cell::gru_reset_before) {
     m.inner[at] = narrow<E>(fed[0]);
@@ -258,24 +283,29 @@ FSQ_DEVICE void run_backward(const CudaScanGradParams& p, const StepMemory<E>& m
 // Step i of the forward scan backwards, in turn `turn`; i = -1 only gathers the gradients of the first states.
 template <Cell C, class E>
 __global__ void __launch_bounds__(kThreads)
-    step_backward(CudaScanGradParams p, StepMemory<Stored<E>> m, int64_t i, int64_t turn) {
+    step_backward(CudaScanGradParams p, StepMemory<Stored<E>> m, int64_t i, int64_t turn, const void* products) {
   typedef Compute<E> S;
   const CudaScanParams& f = p.fwd;
   const bool last = i < 0, projected = C == Cell::lstm && f.w_hr[0];
-  const Spot s = spot(last ? -1 : time_of(blockIdx.z, i, f.T));
+  const Spot s = spot(f, last ? -1 : time_of(blockIdx.z, i, f.T));
   const bool mine = s.b < f.B && s.u < f.R;
   S sums[1];
   const int64_t K = kFed<C> * f.H;
-  multiply<E>(m.fed[turn & 1] + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile,
-              Factor<Stored<E>>{static_cast<const Stored<E>*>(f.w_hh[s.d]), 0, 1, f.R}, f.R, s.u - threadIdx.x % kTile,
-              K, sums);
+  if (products) {
+    if (mine) take(products, s, f.B, f.R, sums);
+  } else {
+    multiply<E>(m.fed[turn & 1] + s.d * f.B * K, K, f.B, s.b - threadIdx.x / kTile,
+                Factor<Stored<E>>{static_cast<const Stored<E>*>(f.w_hh[s.d]), 0, 1, f.R}, f.R,
+                s.u - threadIdx.x % kTile, K, sums);
+  }
   if (!mine) return;
   const int64_t at = state_at(f, s, f.R);
   S carry = m.carry[at] + sums[0];
-  const bool live = !last && s.t < length_of(f, s.b);
+  const bool live = !last && s.when.t < length_of(f, s.b);
   S dh = S(0);
   if (live) {
-    dh = carry + Backward<C, Stored<E>>::upstream(p, s);
+    dh = carry;
+    if (p.dy.data) dh += read<Stored<E>>(p.dy.data, row_at(f, p.dy, s) + s.d * f.R + s.u);
     carry = S(0);
   }
   if (last) {
@@ -289,7 +319,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (projected) {
     m.inner[at] = narrow<Stored<E>>(dh);
-    if (live) write<Stored<E>>(p.dh.data, row_at(f, p.dh, s.t, s.b) + s.d * f.R + s.u, dh);
+    if (live) write<Stored<E>>(p.dh.data, row_at(f, p.dh, s) + s.d * f.R + s.u, dh);
   } else {
     run_backward<C>(p, m, s, turn, dh, carry);
   }
@@ -301,7 +331,7 @@ __global__ void __launch_bounds__(kThreads)
     step_backward_second(CudaScanGradParams p, StepMemory<Stored<E>> m, int64_t i, int64_t turn) {
   typedef Compute<E> S;
   const CudaScanParams& f = p.fwd;
-  const Spot s = spot(time_of(blockIdx.z, i, f.T));
+  const Spot s = spot(f, time_of(blockIdx.z, i, f.T));
   const bool mine = s.b < f.B && s.u < f.H;
   const int64_t K = C == Cell::lstm ? f.R : f.H;
   typedef Stored<E> W;
@@ -316,11 +346,12 @@ __global__ void __launch_bounds__(kThreads)
     run_backward<C>(p, m, s, turn, sums[0], past);
   } else {
     Backward<C, Stored<E>> element;
-    element.load(p, s);
+    element.load(p, s, int(length_of(f, s.b)));
     if (!element.live) return;
     const int64_t at = state_at(f, s, f.H);
     S carry = m.carry[at];
-    const S dr = element.through_reset(p, s, sums[0], carry);
+    const S dr = element.through_reset(sums[0], carry);
+    element.save(p, s, 0, 1);
     m.carry[at] = carry;
     m.fed[~turn & 1][(s.d * f.B + s.b) * kFed<C> * f.H + s.u] = narrow<Stored<E>>(dr);
   }
@@ -337,15 +368,15 @@ Launch launch_of(const char* name, const CudaScanParams& p, int64_t units, int g
 }
 
 template <Cell C, class E>
-std::string forward(const CudaScanParams& p) {
+std::string forward(const CudaScanParams& p, const StepProduct& product) {
   StepMemory<Stored<E>> m;
   m.carve(static_cast<char*>(p.workspace), p, p.R);
   const int64_t widest = p.H > p.R ? p.H : p.R;
   std::string error = run(&step_begin<C, Stored<E>>, launch_of<E>("step_begin", p, widest, 0), p, m);
-  const Launch first = launch_of<E>("step_forward", p, p.H, kFirst<C>);
+  const Launch first = launch_of<E>("step_forward", p, p.H, product ? 0 : kFirst<C>);
   const Launch second = launch_of<E>("step_forward_second", p, p.R, 1);
   for (int64_t i = 0; i < p.T && error.empty(); ++i) {
-    error = run(&step_forward<C, E>, first, p, m, i);
+    error = run(&step_forward<C, E>, first, p, m, i, product ? product(i) : nullptr);
     if constexpr (C == Cell::lstm || C == Cell::gru_reset_before)
       if (error.empty() && (C == Cell::gru_reset_before || p.w_hr[0]))
         error = run(&step_forward_second<C, E>, second, p, m, i);
@@ -354,17 +385,17 @@ std::string forward(const CudaScanParams& p) {
 }
 
 template <Cell C, class E>
-std::string backward(const CudaScanGradParams& p) {
+std::string backward(const CudaScanGradParams& p, const StepProduct& product) {
   const CudaScanParams& f = p.fwd;
   StepMemory<Stored<E>> m;
   m.carve(static_cast<char*>(f.workspace), f, kFed<C> * f.H);
   const int64_t widest = f.H > f.R ? f.H : f.R;
   std::string error = run(&step_backward_begin<C, Stored<E>>, launch_of<E>("step_backward_begin", f, widest, 0), p, m);
-  const Launch first = launch_of<E>("step_backward", f, f.R, 1);
+  const Launch first = launch_of<E>("step_backward", f, f.R, product ? 0 : 1);
   const Launch second = launch_of<E>("step_backward_second", f, f.H, 1);
   int64_t turn = 0;
   for (int64_t i = f.T - 1; i >= -1 && error.empty(); --i, ++turn) {
-    error = run(&step_backward<C, E>, first, p, m, i, turn);
+    error = run(&step_backward<C, E>, first, p, m, i, turn, product ? product(turn) : nullptr);
     if constexpr (C == Cell::lstm || C == Cell::gru_reset_before)
       if (error.empty() && i >= 0 && (C == Cell::gru_reset_before || f.w_hr[0]))
         error = run(&step_backward_second<C, E>, second, p, m, i, turn);
@@ -374,17 +405,23 @@ std::string backward(const CudaScanGradParams& p) {
 
 }  // namespace
 
-int64_t step_workspace(const CudaScanParams& p, bool backward) {
+int64_t step_workspace(const CudaScanParams& p, bool backward, int64_t* second_fed) {
   const int64_t fed = !backward ? p.R : p.cell == Cell::gru_reset_before ? 2 * p.H : gate_count(p.cell) * p.H;
-  return for_element(p.dtype, [&](auto e) { return StepMemory<decltype(e)>().carve(nullptr, p, fed); });
+  return for_element(p.dtype, [&](auto e) {
+    StepMemory<decltype(e)> m;
+    const int64_t bytes = m.carve(nullptr, p, fed);
+    if (second_fed) *second_fed = reinterpret_cast<intptr_t>(m.fed[1]);
+    return bytes;
+  });
 }
-std::string step_forward(const CudaScanParams& p) {
-  return for_operand(
-      p, [&](auto e) { return for_cell(p.cell, [&](auto c) { return forward<decltype(c)::value, decltype(e)>(p); }); });
+std::string step_forward(const CudaScanParams& p, const StepProduct& product) {
+  return for_operand(p, [&](auto e) {
+    return for_cell(p.cell, [&](auto c) { return forward<decltype(c)::value, decltype(e)>(p, product); });
+  });
 }
-std::string step_backward(const CudaScanGradParams& p) {
+std::string step_backward(const CudaScanGradParams& p, const StepProduct& product) {
   return for_operand(p.fwd, [&](auto e) {
-    return for_cell(p.fwd.cell, [&](auto c) { return backward<decltype(c)::value, decltype(e)>(p); });
+    return for_cell(p.fwd.cell, [&](auto c) { return backward<decltype(c)::value, decltype(e)>(p, product); });
   });
 }
 

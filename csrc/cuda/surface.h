@@ -1,5 +1,6 @@
 // What the CUDA backend offers to its Python module; no CUDA header needed. Errors are text, empty where all is well.
 #pragma once
+#include <functional>
 #include <string>
 
 #include "fusedseq.h"
@@ -17,8 +18,13 @@ struct CudaDevice {
 std::string cuda_device(CudaDevice& device);
 // How this device would run the scan. `tier` below 0 chooses the fastest tier that takes it, else it must be that one.
 std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, CudaPlan& plan);
-std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
-std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
+// Tier `step`, where the caller forms the recurrent products: the address of the product of a turn, enqueued on the
+// same stream, in the compute type. Forward: h W_hh^T [D,B,G*H], h [D,B,R] lying at the front of the workspace in even
+// turns, at CudaPlan::second_fed in odd ones; backward: gate gradients [D,B,G*H], of a GRU with the third as it meets
+// W_hn, times W_hh: [D,B,R]. Not for a GRU that resets before the product.
+typedef std::function<const void*(int64_t turn)> StepProduct;
+std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan, const StepProduct& product = nullptr);
+std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan, const StepProduct& product = nullptr);
 // into [T,B,D*R]: the h that entered each step, 0 where it was reset or the row is past its length.
 std::string cuda_previous(const CudaScanParams& p, const Rows& into);
 // The pointwise part of a cell. `wide` becomes whether it moved 16 bytes at a time, which takes rows that are dense,

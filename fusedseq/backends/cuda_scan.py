@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] x [K
     if a.is_cuda and _wide_products():
         return torch.mm(a, b, out_dtype=dtype)
     return (a.float() @ b.float()).to(dtype)
+
+
+def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [D, M, K] x [D, K, N]
+    if a.dtype in _HALF and a.is_cuda and _wide_products():
+        return torch.bmm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 class _Layout(NamedTuple):
@@ -131,19 +137,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _biases(cell: str, p: _Parameters, S: torch.dtype, H: int) -> tuple[Tensor | None, Tensor | None]:
-    """[D * G*H] what is added to the gates, and [D * H] what a GRU adds to its inner product; None without biases."""
-    if not p.b_ih:
-        return None, None
-    inner, outer = _joined(p.b_hh).to(S), _joined(p.b_ih).to(S)
-    if cell != "gru":
-        return inner + outer, None
-    inner = inner.view(-1, 3, H).clone()
-    candidate = inner[:, 2].clone()
-    inner[:, 2] = 0
-    return outer + inner.flatten(), candidate
-
-
 @contextlib.contextmanager
 def _on(x: Tensor) -> Any:
     """The stream of x's device as an address, that device being the current one; products keep the dtype they have."""
@@ -203,6 +196,38 @@ def _workspace(x: Tensor, chosen: Any) -> Tensor:
     return make(chosen.workspace + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
 
 
+def _product_of_steps(
+    core: Any, cell: str, chosen: Any, workspace: Tensor, weights: list[Tensor], B: int, backward: bool, rounded: bool
+) -> Callable[[int], int] | None:
+    """Tier `step`: the recurrent product of a turn by torch's library, its address; None where the kernel forms it.
+
+    weights: W_hh [G*H, R] of each direction.
+    """
+    single = weights[0].dtype == torch.float32
+    if core.tiers[chosen.tier] != "step" or cell == "gru_reset_before":
+        return None
+    if single and not rounded and weights[0].is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        return None  # torch would round what must not be rounded
+    D, K = len(weights), weights[0].shape[0 if backward else 1]
+    first = _aligned(workspace) - workspace.data_ptr()
+    size = D * B * K * weights[0].element_size()
+    fed = [
+        workspace[first + at : first + at + size].view(weights[0].dtype).view(D, B, K) for at in (0, chosen.second_fed)
+    ]
+    factors = [w if backward else w.t() for w in weights]
+    factor = factors[0] if D == 1 else torch.stack(factors)
+    S = _compute(factor.dtype)
+    kept: list[Tensor] = []
+
+    def product(turn: int) -> int:
+        state = fed[turn & 1]
+        made = _product(state[0], factor, S) if D == 1 else _products(state, factor, S)
+        kept[:] = [made]  # until the next launch is enqueued
+        return made.data_ptr()
+
+    return product
+
+
 def _aligned(memory: Tensor) -> int:
     return -(-memory.data_ptr() // _WORKSPACE_UNIT) * _WORKSPACE_UNIT
 
@@ -246,7 +271,6 @@ def scan_forward(
     core = _core()
     with _on(x) as stream:
         gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
-        bias, bias_n = _biases(cell, p, S, H)
         rounded = tf32(x.dtype)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False, rounded)
         workspace = _workspace(x, chosen)
@@ -255,12 +279,13 @@ def scan_forward(
             chosen, tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes,
             {
                 **layout.arguments(), **p.arguments(), "gates": layout.dense(gates, D * G * H),
-                "bias": tensors.pointer(bias), "bias_n": tensors.pointer(bias_n),
+                "b_ih": tuple(b.data_ptr() for b in p.b_ih), "b_hh": tuple(b.data_ptr() for b in p.b_hh),
                 "h0": tensors.pointer(h0), "c0": tensors.pointer(c0), "resets": layout.given(resets),
                 "y": layout.given(y), "c_all": layout.given(c_all), "h_n": h_n.data_ptr(), "c_n": tensors.pointer(c_n),
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
                 "recompute": save == Save.STATES, "tf32": rounded, "workspace": _aligned(workspace), "stream": stream,
                 "fault": _fault_word(str(x.device)).data_ptr(),
+                "product": _product_of_steps(core, cell, chosen, workspace, p.w_hh, B, False, rounded),
             },
         )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
@@ -335,6 +360,7 @@ def scan_backward(
                 "dc_n": tensors.pointer(dc_n), "dgates": layout.dense(dgates, D * G * H),
                 "dhn": layout.dense(dhn, D * H), "dh": layout.dense(dh, D * R), "dh0": dh0.data_ptr(),
                 "dc0": tensors.pointer(dc0),
+                "product": _product_of_steps(core, cell, chosen, workspace, p.w_hh, B, True, rounded),
             },
         )  # fmt: skip
         dx = _product(dgates, _joined(p.w_ih), x.dtype).view(x.shape) if need_dx else None

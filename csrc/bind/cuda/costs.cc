@@ -43,11 +43,9 @@ int64_t workspace(int kind, int ctas, int units) {
 
 void bind_cuda_barriers(py::module_& m) {
   m.attr("barriers") = py::make_tuple("block", "cluster", "cluster_exchange", "flag", "grid_exchange", "grid");
-  py::dict assumed;
-  assumed["block"] = exchange_clocks(CudaTier::block);
-  assumed["cluster"] = exchange_clocks(CudaTier::cluster);
-  assumed["grid"] = exchange_clocks(CudaTier::grid);
-  m.attr("assumed_clocks") = assumed;
+  m.def(
+      "assumed_clocks", [](int tier, int ranks) { return exchange_clocks(CudaTier(tier), ranks); },
+      "What the choice of a tier assumes for the exchanges of a step.");
   m.def("barrier_workspace", &workspace, "Bytes of zeros that the loop needs.");
   m.def("barrier_rounds", &barrier_loop);
 }

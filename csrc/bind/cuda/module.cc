@@ -36,8 +36,8 @@ CudaScanParams scan_params(int cell, int dtype, const py::tuple& sizes, const Ar
   p.offsets = a.pointer<const int64_t>("offsets");
   p.lengths = a.pointer<const int32_t>("lengths");
   p.gates = a.rows("gates");
-  p.bias = a.pointer("bias");
-  p.bias_n = a.pointer("bias_n");
+  a.directions("b_ih", p.b_ih);
+  a.directions("b_hh", p.b_hh);
   p.h0 = a.pointer("h0");
   p.c0 = a.pointer("c0");
   a.directions("w_hh", p.w_hh);
@@ -66,8 +66,18 @@ CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool 
   return plan;
 }
 
+// What the caller multiplies itself, if it does.
+StepProduct product_of(const Arguments& a) {
+  const py::object call = a.at("product");
+  if (call.is_none()) return nullptr;
+  return [call](int64_t turn) { return pointer<const void>(call(turn)); };
+}
+
 void scan_forward(const CudaPlan& plan, int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
-  const CudaScanParams p = scan_params(cell, dtype, sizes, Arguments(named));
+  const Arguments a(named);
+  const CudaScanParams p = scan_params(cell, dtype, sizes, a);
+  const StepProduct product = product_of(a);
+  if (product) return check(cuda_scan_forward(p, plan, product));
   std::string error;
   {
     py::gil_scoped_release release;
@@ -89,6 +99,8 @@ void scan_backward(const CudaPlan& plan, int cell, int dtype, const py::tuple& s
   p.dh = a.rows("dh");
   p.dh0 = a.pointer("dh0");
   p.dc0 = a.pointer("dc0");
+  const StepProduct product = product_of(a);
+  if (product) return check(cuda_scan_backward(p, plan, product));
   std::string error;
   {
     py::gil_scoped_release release;
@@ -126,6 +138,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("holding", &CudaPlan::holding)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
+      .def_readonly("second_fed", &CudaPlan::second_fed)
       .def_readonly("zeroed", &CudaPlan::zeroed)
       .def_readonly("together", &CudaPlan::together)
       .def_readwrite("stuck", &CudaPlan::stuck);
