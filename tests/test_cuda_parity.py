@@ -37,10 +37,11 @@ T3B19I3H37-bi-lengths-resets-cells
 """
 
 
-# Tier, case and ranks: all terms in registers, all with warps that share a tile of units, a part of them.
+# Tier, case, largest cluster and ranks: all terms in registers, all with warps that share a tile of units, a part.
 PARTLY = [
-    ("block", "T3B3I2H100-lengths0-resets", 1), ("block", "T4B11I3H33-bi-packed", 1),
-    ("cluster", "T3B5I2H60-bi-lengths0", 4), ("cluster", "T3B7I2H140-bi-lengths0-resets", 2),
+    ("block", "T3B3I2H60-lengths0-resets", 1, 1), ("block", "T4B11I3H33-bi-packed", 1, 1),
+    ("cluster", "T3B5I2H60-bi-lengths0", 4, 2), ("cluster", "T3B7I2H140-bi-lengths0-resets", 4, 3),
+    ("cluster", "T2B3I2H400-resets", 16, 5),
 ]  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def test_the_tier_that_a_large_device_chooses(case: Case, dtype: torch.dtype) ->
     fits = dtype != torch.float64 and not case.proj
     with cuda_emulated.device():
         if case.T and case.B:
-            assert cuda_emulated.module().tiers[planned(case, dtype).tier] == ("block" if fits else "step")
+            chosen = cuda_emulated.module().tiers[planned(case, dtype).tier]
+            assert chosen in ({"block", "cluster"} if fits else {"step"})
     if fits:  # if not, this is test_step's
         run(case, dtype, seed=2)
 
@@ -137,7 +139,8 @@ def test_tf32_of_a_projection() -> None:
 @pytest.mark.parametrize("name", TIERS)
 def test_tf32_rounds_what_the_setting_allows_and_nothing_else(name: str, tier: Any) -> None:
     tier(name)
-    case = Case.parse("lstm", "T3B9I3H40-bi-lengths0")
+    # In tier step torch forms the first product, by its own settings.
+    case = Case.parse("gru_reset_before" if name == "step" else "lstm", "T3B9I3H40-bi-lengths0")
     outcomes = {}
     for allowed in (False, True):
         with cuda_emulated.device(), recurrent_tf32(allowed):
@@ -207,23 +210,25 @@ def test_clusters_of_every_size(ranks: int, cell: str, tier: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("name", "text", "ranks"), PARTLY)
-def test_weights_in_registers(name: str, text: str, ranks: int, cell: str, dtype: torch.dtype, tier: Any) -> None:
+@pytest.mark.parametrize(("name", "text", "largest", "ranks"), PARTLY)
+def test_weights_in_registers(
+    name: str, text: str, largest: int, ranks: int, cell: str, dtype: torch.dtype, tier: Any
+) -> None:
     """Of all terms, of some, and of warps that share a tile of units or have one each."""
     tier(name)
     case = Case.parse(cell, text)
-    with cuda_emulated.device(cluster=max(ranks, 1), sms=16):
+    with cuda_emulated.device(cluster=largest, sms=16):
         for backward in (False, True):
             chosen = planned(case, dtype, backward)
-            assert (chosen.holding, chosen.rows, chosen.ranks) == (True, 8, ranks)
-    run(case, dtype, seed=ranks, cluster=max(ranks, 1), sms=16)
+            assert chosen.holding and chosen.rows == 8 and chosen.ranks >= ranks
+    run(case, dtype, seed=ranks, cluster=largest, sms=16)
 
 
 def test_registers_make_room_for_more_units(tier: Any) -> None:
     tier("cluster")
     with cuda_emulated.device(sms=132):
         for backward in (False, True):
-            large = Case.parse("lstm", f"T2B16I2H{624 if backward else 768}")
+            large = Case.parse("lstm", f"T2B16I2H{528 if backward else 624}")
             chosen = planned(large, torch.bfloat16, backward)
             assert chosen.holding and chosen.shared <= 232448
         with pytest.raises(RuntimeError, match="do not fit into shared memory"):
@@ -311,16 +316,17 @@ def test_a_named_tier_takes_the_call_or_says_why_not(tier: Any) -> None:
 
 
 def test_the_device_decides_the_tier() -> None:
-    case = Case.parse("lstm", "T2B16I2H144")
     tiers = cuda_emulated.module().tiers
-    for settings, expected in (
-        ({}, "block"),
-        ({"shared": 100 * 1024}, "cluster"),
-        ({"shared": 100 * 1024, "cluster": 1, "capability": 80}, "grid"),
-        ({"shared": 12 * 1024}, "step"),
+    for text, settings, expected in (
+        ("T2B16I2H16", {}, "block"),
+        ("T2B16I2H144", {}, "cluster"),
+        ("T2B16I2H144", {"cluster": 1, "capability": 80}, "block"),
+        ("T2B16I2H144", {"shared": 100 * 1024, "cluster": 1, "capability": 80}, "grid"),
+        ("T2B16I2H144", {"shared": 12 * 1024}, "step"),
     ):
         with cuda_emulated.device(**settings):
-            assert tiers[planned(case, torch.bfloat16).tier] == expected, settings
+            chosen = planned(Case.parse("lstm", text), torch.bfloat16)
+            assert tiers[chosen.tier] == expected, (text, settings)
 
 
 def test_it_takes_cpu_tensors_only_while_emulated() -> None:

@@ -97,7 +97,7 @@ struct Exchange {
     rank = Channel<Element>::rank(plan);
     channel.bind(static_cast<char*>(p.workspace), 0, 1);
     const Slices<Element>& slices = channel.slices;
-    for (int i = int(threadIdx.x); i < 2 * slices.ranks * slices.slice(); i += int(blockDim.x))
+    for (int i = int(threadIdx.x); i < slices.buffers * slices.ranks * slices.slice(); i += int(blockDim.x))
       slices.data.store(i, narrow<Element>(0));
     channel.begin(rank);
   }

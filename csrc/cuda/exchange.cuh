@@ -112,7 +112,8 @@ struct ClusterChannel {
 };
 
 // Any CTAs of the device, all of them resident: the slice goes through global memory, where a flag of each rank counts
-// its publications. A rank waits for the flags, not for a barrier of the whole grid.
+// its publications. A rank waits for the flags, not for a barrier of the whole grid. The two buffers lie in global
+// memory; in shared memory there is one, which is filled after all threads have read what it held.
 template <class E>
 struct GridChannel {
   static constexpr bool kCompiled = true;
@@ -124,12 +125,13 @@ struct GridChannel {
   template <class Arena>
   FSQ_BOTH static GridChannel carve(Arena& arena, int ranks, int rows, int width) {
     GridChannel c;
-    c.slices = Slices<E>::carve(arena, ranks, rows, width);
+    c.slices = Slices<E>::carve(arena, ranks, rows, width, 1);
     c.data = nullptr;
     c.flags = nullptr;
     return c;
   }
   FSQ_BOTH int all() const { return 2 * slices.ranks * slices.slice(); }
+  FSQ_DEVICE int place(int n, int rank) const { return ((n + 1) % 2 * slices.ranks + rank) * slices.slice(); }
   // Of the workspace, for one group.
   FSQ_BOTH int64_t bytes() const {
     return (int64_t(all()) * int(sizeof(E)) + slices.ranks * int(sizeof(uint32_t)) + 255) / 256 * 256;
@@ -145,9 +147,9 @@ struct GridChannel {
   FSQ_DEVICE void publish(int rank, int n) {
     __syncthreads();
     const GlobalSpan<E> out(data, all());
-    const int first = slices.at((n + 1) % 2, rank);
+    const int from = slices.at(0, rank), to = place(n, rank);
     for (int i = int(threadIdx.x) * kVector; i < slices.slice(); i += int(blockDim.x) * kVector)
-      out.template store<uint4>(first + i, slices.data.template load<uint4>(first + i));
+      out.template store<uint4>(to + i, slices.data.template load<uint4>(from + i));
     __syncthreads();
     if (threadIdx.x == 0) ptx::st_release(flags + rank, uint32_t(n + 1));
   }
@@ -164,7 +166,7 @@ struct GridChannel {
     // As many loads under way as there are registers for: one after the other each would cost a trip to L2.
     constexpr int kTogether = 8;
     const GlobalSpan<E> in(data, all());
-    const int first = slices.at((n + 1) % 2, 0), size = slices.ranks * slices.slice();
+    const int first = place(n, 0), size = slices.ranks * slices.slice();
     const int step = int(blockDim.x) * kVector;
     for (int i = int(threadIdx.x) * kVector; i < size; i += kTogether * step) {
       uint4 value[kTogether];
@@ -173,7 +175,7 @@ struct GridChannel {
         if (i + c * step < size) value[c] = in.template load<uint4>(first + i + c * step);
       FSQ_UNROLL
       for (int c = 0; c < kTogether; ++c)
-        if (i + c * step < size) slices.data.template store<uint4>(first + i + c * step, value[c]);
+        if (i + c * step < size) slices.data.template store<uint4>(i + c * step, value[c]);
     }
     __syncthreads();
     return true;

@@ -13,7 +13,7 @@ namespace FSQ_ISA {
 
 template <class E>
 FSQ_DEVICE void clear(const Slices<E>& s) {
-  for (int i = int(threadIdx.x); i < 2 * s.ranks * s.slice(); i += int(blockDim.x)) s.data.store(i, narrow<E>(0));
+  for (int i = int(threadIdx.x); i < s.buffers * s.ranks * s.slice(); i += int(blockDim.x)) s.data.store(i, narrow<E>(0));
 }
 
 template <class Channel>

@@ -29,15 +29,16 @@ FSQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32
     ptx::mma_m16n8k16<E>(d, a, b);
 }
 
-// What arrives from all ranks: two buffers of `ranks` slices of `rows` rows of `width` values.
+// What arrives from all ranks: one or two buffers of `ranks` slices of `rows` rows of `width` values. Where there is one
+// it is every buffer.
 template <class E>
 struct Slices {
   SharedSpan<E> data;
-  int ranks, rows, width;
+  int ranks, rows, width, buffers;
 
   FSQ_BOTH int pitch() const { return width + kPad<E>; }
   FSQ_BOTH int slice() const { return rows * pitch(); }
-  FSQ_BOTH int at(int which, int rank) const { return (which * ranks + rank) * slice(); }
+  FSQ_BOTH int at(int which, int rank) const { return ((which & (buffers - 1)) * ranks + rank) * slice(); }
   FSQ_DEVICE E get(int which, int rank, int row, int column) const {
     return data[at(which, rank) + row * pitch() + column];
   }
@@ -45,12 +46,13 @@ struct Slices {
     data.store(at(which, rank) + row * pitch() + column, value);
   }
   template <class Arena>
-  FSQ_BOTH static Slices carve(Arena& arena, int ranks, int rows, int width) {
+  FSQ_BOTH static Slices carve(Arena& arena, int ranks, int rows, int width, int buffers = 2) {
     Slices s;
+    s.buffers = buffers;
     s.ranks = ranks;
     s.rows = rows;
     s.width = width;
-    s.data = arena.template take<E>(2 * ranks * s.slice());
+    s.data = arena.template take<E>(buffers * ranks * s.slice());
     return s;
   }
 };
