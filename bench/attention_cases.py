@@ -16,7 +16,8 @@ TRAINING_PASSES = 3.5
 
 @dataclass(frozen=True)
 class AttentionCase(Case, kind="attention"):
-    """One call. `window` keys are seen by each query, itself the last of them; it goes with `causal`.
+    """One call. `window` keys are seen by each query, itself the last of them if `causal`, else in their middle.
+    Besides them it sees the first `global_keys` keys, as Longformer's queries do.
 
     `lengths`: each batch row has keys of its own number. `bias`: a table [H, L, S] is added to the logits, and trained.
     """
@@ -32,6 +33,7 @@ class AttentionCase(Case, kind="attention"):
     dropout: float = 0.0
     lengths: bool = False
     bias: bool = False
+    global_keys: int = 0
 
     @property
     def keys(self) -> int:
@@ -49,10 +51,18 @@ class AttentionCase(Case, kind="attention"):
             f"S{self.S}" if self.S else "",
             f"E{self.E}",
             f"window{self.window}" if self.window else "causal" if self.causal else "",
+            f"global{self.global_keys}" if self.global_keys else "",
             "lengths" if self.lengths else "",
             "bias" if self.bias else "",
             f"dropout{self.dropout:g}" if self.dropout else "",
         ]
+
+    def reach(self) -> tuple[int, int]:
+        """Keys that a query sees before and after its own; past all of them where nothing bounds it."""
+        far = self.L + self.keys
+        if self.causal:
+            return (self.window - 1 if self.window else far), 0
+        return (self.window // 2, self.window // 2) if self.window else (far, far)
 
     def key_lengths(self) -> list[int]:
         """Keys of each batch row: from half to all of them, evenly; a single row has three quarters."""
@@ -64,13 +74,15 @@ class AttentionCase(Case, kind="attention"):
 
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, of one head in all batch rows."""
-        found = {}
-        for keys in set(self.key_lengths()):
-            if self.causal:
-                reach = self.window or self.keys
-                found[keys] = sum(max(0, min(i + 1, keys) - max(0, i + 1 - reach)) for i in range(self.L))
-            else:
+        found = dict.fromkeys(self.key_lengths(), 0)
+        before, after = self.reach()
+        for keys in found:
+            if not self.causal and not self.window:
                 found[keys] = self.L * keys
+                continue
+            for i in range(self.L):
+                first, last = max(0, i - before), min(i + after + 1, keys)
+                found[keys] += max(0, last - first) + min(self.global_keys, first)
         return sum(found[keys] for keys in self.key_lengths())
 
     def operations(self) -> int:
@@ -84,7 +96,13 @@ class AttentionCase(Case, kind="attention"):
 
     def tiny(self) -> AttentionCase:
         few = 1 if self.L == 1 else 8
-        return self.but(B=2 if self.lengths else 1, L=few, S=8 if self.S else 0, window=min(self.window, 4))
+        return self.but(
+            B=2 if self.lengths else 1,
+            L=few,
+            S=8 if self.S else 0,
+            window=min(self.window, 4),
+            global_keys=min(self.global_keys, 2),
+        )
 
 
 def _both(*sizes: dict[str, Any]) -> Iterator[Case]:
@@ -155,6 +173,7 @@ def _gpu_more() -> Iterator[Case]:
         H = 2048 // E
         long, middle, short = (2, H, 8192, E), (4, H, 4096, E), (4, H, 2048, E)
         yield from _both(*_sizes(long, causal=True, window=512))
+        yield from _both(*_sizes(long, window=512, global_keys=64))
         yield from _both(*_sizes(middle, lengths=True))
         yield from _both(*_sizes(short, bias=True))
         yield from (case for case in _both(*_sizes(short, causal=True, dropout=0.1)) if case.mode == "training")
@@ -174,6 +193,7 @@ def quick() -> Iterator[Case]:
 def smoke() -> Iterator[Case]:
     yield from _both(*_sizes((2, 4, 6, 8)), *_sizes((1, 2, 9, 8), causal=True))
     yield from _both(*_sizes((1, 4, 12, 8), K=2, causal=True, window=4))
+    yield from _both(*_sizes((1, 2, 12, 8), window=4, global_keys=2))
     yield AttentionCase("attention", "training", 2, 2, 6, 8, dropout=0.1)
     yield AttentionCase("attention", "inference", 2, 4, 1, 8, S=16, K=1)
 

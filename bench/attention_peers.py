@@ -33,11 +33,11 @@ LONG = 0.3
 
 def ours(work: AttentionWork) -> Runner | Refusal:
     case: AttentionCase = work.case
-    window = (case.window - 1, None) if case.window else None
-    structured = case.causal or case.lengths
+    window = (case.reach()[0], None if case.causal else case.reach()[1]) if case.window else None
     mask = None
-    if structured:
-        mask = fusedseq.Mask("top-left" if case.causal else None, window, key_lengths=work.key_lengths)
+    if case.causal or work.tabled:
+        causal = "top-left" if case.causal else None
+        mask = fusedseq.Mask(causal, window, key_lengths=work.key_lengths, global_tokens=work.global_keys)
 
     def known(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = SEED if case.dropout else None
@@ -145,7 +145,7 @@ def eager(work: AttentionWork) -> Runner | Refusal:
     case: AttentionCase = work.case
     if case.B * case.H * case.L * case.keys > EAGER_LOGITS:
         return Refusal(f"over {EAGER_LOGITS} logits are more than eager attention is given memory for")
-    structured, varied = case.causal or case.lengths, case.lengths or case.bias
+    structured, varied = case.causal or work.tabled, case.lengths or case.bias
     table = work.added() if structured and not case.bias else None
 
     def forms(dropout: float) -> dict[str, Function]:
@@ -259,17 +259,19 @@ def flex(work: AttentionWork) -> Runner | Refusal:
 
     torch._dynamo.reset()
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    reach, lengths, bias = case.window or case.keys, work.key_lengths, work.bias
+    (before, after), lengths, bias = case.reach(), work.key_lengths, work.bias
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        near = (j <= i) & (i - j < reach) if case.causal else j < case.keys
+        near = (i - j <= before) & (j - i <= after)
+        if case.global_keys:
+            near = near | (j < case.global_keys)
         return near if lengths is None else near & (j < lengths[b])
 
     def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score if bias is None else score + bias[0, h, i, j]
 
     block = None
-    if case.causal or case.lengths:
+    if case.causal or work.tabled:
         rows = case.B if case.lengths else None
         block = create_block_mask(seen, rows, None, case.L, case.keys, case.device)
     score = None if bias is None else biased

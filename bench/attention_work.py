@@ -40,10 +40,14 @@ class AttentionWork(Work):
         self.dout = normal(case.B, case.H, case.L, case.E)
         self.bias = normal(1, case.H, case.L, case.keys).requires_grad_(self.training) if case.bias else None
         self.key_lengths = torch.tensor(case.key_lengths(), device=case.device) if case.lengths else None
+        self.global_keys = None
+        if case.global_keys:
+            self.global_keys = (torch.arange(case.keys, device=case.device) < case.global_keys).unsqueeze(0)
         self.problem = Problem(
             self.q, self.k, self.v, bias=None if self.bias is None else self.bias.detach(),
             key_lengths=self.key_lengths, seed=torch.tensor(SEED) if case.dropout else None,
-            causal=TOP_LEFT if case.causal else 0, left=case.window - 1, right=0 if case.causal else -1,
+            causal=TOP_LEFT if case.causal else 0, left=case.reach()[0] if case.window else -1,
+            right=case.reach()[1] if case.causal or case.window else -1, global_keys=self.global_keys,
             scale=case.E**-0.5, dropout_p=case.dropout,
         )  # fmt: skip
         self._terms: dict[str, tuple[float, float]] = {}
@@ -69,7 +73,7 @@ class AttentionWork(Work):
 
     def added(self) -> Tensor:
         """The table of a mask, and the bias, as they are added to logits. Differentiable if the bias is."""
-        if self.bias is not None and not (self.case.causal or self.case.lengths):
+        if self.bias is not None and not (self.case.causal or self.tabled):
             return self.bias
         table = self.table()
         start = torch.zeros((), dtype=self.dtype, device=table.device) if self.bias is None else self.bias

@@ -40,6 +40,7 @@ SMALL = [
     AttentionCase("attention", "training", 2, 4, 9, 8, S=13, bias=True),
     AttentionCase("attention", "training", 2, 4, 9, 8, K=2, causal=True, bias=True),
     AttentionCase("attention", "inference", 2, 4, 1, 8, S=70, K=1),
+    AttentionCase("attention", "training", 2, 2, 12, 8, window=4, global_keys=2),
 ]
 
 
@@ -173,7 +174,7 @@ def test_flex_masks_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for case in (SMALL[0], SMALL[1], SMALL[2], SMALL[3]):
+        for case in (SMALL[0], SMALL[1], SMALL[2], SMALL[3], SMALL[-1]):
             work = small(case.but(mode="inference", E=16))
             assert run.Gates(work).judge(runner("flex", work)).wrong is None
         refused = build("flex", small(SMALL[4]))
@@ -185,7 +186,7 @@ def test_flex_masks_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_count_what_is_seen() -> None:
     for case in SMALL:
-        for W in {case.window, 0, 1, 100} if case.causal else {0}:
+        for W in {case.window, 0, 1, 100} if case.causal else {case.window}:
             one = case.but(window=W, mode="inference")
             seen = int(reference.visible(small(one).problem).expand(one.B, 1, one.L, one.keys).sum())
             assert one.operations() == 4 * one.H * one.E * seen
