@@ -18,6 +18,7 @@ EVERYWHERE = {
     "block": ["BAR.SYNC", "BAR.ARV", "STG.E.128", "CS2R"],
     "grid": ["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "ATOMG.E.ADD.STRONG.GPU", "MEMBAR", "NANOSLEEP"],
     "cluster": [],
+    "exit": [],
     "scan": [],
     "tensor": [],
     "wgmma": [],
@@ -25,6 +26,7 @@ EVERYWHERE = {
 # Wrappers of Hopper's instructions trap on sm_80, and what would follow is left out.
 HOPPER = {
     "cluster": ["UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS", "STAS", "UBLKCP.S.S", "UBLKCP.S.G", "FENCE.VIEW.ASYNC"],
+    "exit": ["UCGABAR_ARV", "UBLKCP.S.S", "STAS"],
     "scan": ["HMMA.16816.F32.BF16", "LDSM.16.M88.2", "UCGABAR_ARV"],
     "wgmma": [
         "HGMMA.64x64x16.F32.BF16",

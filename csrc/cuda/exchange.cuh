@@ -104,7 +104,8 @@ struct ClusterChannel {
     }
     return !__any_sync(0xffffffffu, late);
   }
-  // No CTA may leave while a peer still writes to it.
+  // No CTA may leave while its last copy, which a peer may not have received, is still read from its shared memory.
+  // Only the peer's wait tells that the copy is over, and only this barrier tells of that wait.
   FSQ_DEVICE void end() {
     ptx::cluster_arrive();
     ptx::cluster_wait();

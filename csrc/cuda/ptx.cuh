@@ -311,7 +311,9 @@ FSQ_PTX void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
 }
 
 // Bulk copies by the asynchronous proxy; `bytes` a multiple of 16, addresses 16-byte aligned. The mbarrier, in the CTA
-// of the destination, counts the bytes. Data written by ordinary stores needs fence_proxy_async before.
+// of the destination, counts the bytes. Data written by ordinary stores needs fence_proxy_async before. The source must
+// not change, nor its CTA exit, before the copy is over: a sender knows that of a remote copy only from a barrier or an
+// arrival that follows the receiver's wait.
 FSQ_PTX void cp_async_bulk_to_remote(uint32_t remote, uint32_t shared, uint32_t bytes, uint32_t remote_mbarrier) {
   FSQ_SM90(asm volatile(
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(remote),

@@ -113,7 +113,7 @@ void exit_thread() {
     block->final_clocks.push_back(me->seen);
   progress();
   if (--block->live == 0) {
-    check_remote_accesses(block);
+    check_block_exit(block);
     if (--block->cluster->live == 0) {
       machine.retired = block->cluster;
       current = nullptr;

@@ -155,6 +155,13 @@ struct Mbarrier {
   ClockRef completed, completed_cluster;
 };
 
+// The bulk copy out of a block's shared memory that came last to one mbarrier of a peer.
+struct Sent {
+  Stamp arrived;
+  ThreadId issuer;
+  const Block* to;
+};
+
 struct Block {
   Index3 index;
   uint32_t linear = 0, rank = 0;
@@ -169,6 +176,7 @@ struct Block {
   std::vector<Mbarrier> mbarriers;
   std::vector<Granule> shadow;
   std::unordered_map<ThreadId, Stamp> remote;  // last access of each thread of a peer to its shared memory
+  std::unordered_map<ThreadId, Sent> sent;     // by the agent of the mbarrier
   std::vector<ClockRef> final_clocks;          // of its exited threads
 };
 
@@ -190,6 +198,7 @@ struct Delivery {
   const void* source;                          // read at delivery if `data` is empty
   std::function<void(unsigned char*)> gather;  // the same, where the source is not of one piece
   uint32_t bytes;
+  Block* from;    // the block whose shared memory `source` is, or null
   ClockRef seen;  // what had happened when it was issued, besides what
   ThreadId issuer;
   Stamp issued;  // had done until then
@@ -295,7 +304,8 @@ const char* unfinished(const Thread& thread);
 // In the running thread's exit.
 void leave_barriers(Thread* thread);
 void leave_cluster(Thread* thread);
-void check_remote_accesses(Block* block);
+// Once all threads of the block have exited: fails unless everybody else is known to be done with its shared memory.
+void check_block_exit(Block* block);
 
 // Finishes one delivery, chosen at random. Runs in any context: an error goes to machine.error.
 void deliver_one();

@@ -153,6 +153,7 @@ void bulk_to_remote(uint32_t address, uint32_t from, uint32_t bytes, uint32_t mb
   check_proxy(to.block, to.offset, bytes, call);
   Delivery delivery = {};
   delivery.bytes = bytes;
+  delivery.from = source.block;
   note_agent(find(mbarrier, call).agent, source.block, source.offset, int(bytes), false);
   const auto* data = reinterpret_cast<const unsigned char*>(source.data());
   if (chance(2))
@@ -210,6 +211,7 @@ void deliver_one() {
   memcpy(block->shared + delivery.offset, data, delivery.bytes);
   barrier->arrived.add(barrier->agent, machine.now);
   barrier->arrived_cluster.add(barrier->agent, machine.now);
+  if (delivery.from) delivery.from->sent[barrier->agent] = {machine.now, delivery.issuer, block};
   block->remote[barrier->agent] = machine.now++;
   barrier->bytes -= delivery.bytes;
   complete_if_done(*barrier);

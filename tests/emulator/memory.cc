@@ -1,4 +1,6 @@
 // Checks of accesses to shared memory, to memory of peers in a cluster and to global memory that blocks exchange.
+#include <algorithm>
+
 #include "machine.h"
 
 namespace fusedseq {
@@ -70,6 +72,12 @@ void note_global(const void* at, int bytes, bool write) {
   const Access access = {me->id, machine.now, me->seen.get(), write, random_below(2)};
   if (const Record* race = machine.global_shadow.note(at, bytes, access))
     fail_race(*race, format("%d bytes of exchanged global memory at %p", bytes, at), "this thread", write);
+}
+
+// Whether what `id` did at `stamp` happened before the exit of one of the block's threads, and so of the block.
+bool covered_at_exit(const Block& block, bool (*covers)(const Clock*, ThreadId, Stamp), ThreadId id, Stamp stamp) {
+  return std::any_of(block.final_clocks.begin(), block.final_clocks.end(),
+                     [=](const ClockRef& clock) { return covers(clock.get(), id, stamp); });
 }
 
 }  // namespace
@@ -209,18 +217,35 @@ void remote_write(uint32_t address, const void* value, int bytes) {
   memcpy(target.data(), value, size_t(bytes));
 }
 
-void check_remote_accesses(Block* block) {
-  for (const Delivery& delivery : machine.deliveries)
+// The threads' clocks as they exited decide, not whether a copy happens to be over: the hardware owes nobody its speed.
+// A copy is over, at either end, for those who waited for the mbarrier that counts it, and for whom they told.
+void check_block_exit(Block* block) {
+  for (const Delivery& delivery : machine.deliveries) {
     if (delivery.block == block) fail("the block exits while an asynchronous copy into its shared memory is under way");
-  for (const auto& access : block->remote) {
-    bool ordered = false;
-    for (const ClockRef& clock : block->final_clocks) ordered |= covers(clock.get(), access.first, access.second);
-    if (!ordered)
-      fail(
-          "the block exits while a peer may still access its shared memory: no barrier orders the access of %s before "
-          "the exit",
-          describe(access.first).c_str());
+    if (delivery.from == block)
+      fail("the block exits while a bulk copy out of its shared memory, which %s sent to block %s, is under way",
+           describe(delivery.issuer).c_str(), describe(delivery.block->index).c_str());
   }
+  for (const Mbarrier& barrier : block->mbarriers)
+    if (barrier.bytes > 0)
+      fail("the block exits while its mbarrier at byte %u of the shared memory expects %lld bytes that have not come",
+           barrier.offset, (long long)barrier.bytes);
+  for (const auto& access : block->remote) {
+    if (covered_at_exit(*block, covers, access.first, access.second)) continue;
+    if (access.first & kAgent)
+      fail("the block exits without having waited for an asynchronous copy into its shared memory");
+    fail(
+        "the block exits while a peer may still access its shared memory: no barrier orders the access of %s before "
+        "the exit",
+        describe(access.first).c_str());
+  }
+  for (const auto& copy : block->sent)
+    if (!covered_at_exit(*block, covers_read, copy.first, copy.second.arrived))
+      fail(
+          "the block exits while a bulk copy may still read its shared memory: no barrier orders the receipt of what "
+          "%s "
+          "sent to block %s before the exit",
+          describe(copy.second.issuer).c_str(), describe(copy.second.to->index).c_str());
 }
 
 }  // namespace emulator
