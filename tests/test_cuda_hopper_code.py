@@ -59,6 +59,53 @@ IN_REGISTERS = r"x16\.F32\S* R\d+, R\d+, gdesc\[\w+\]"
 IN_MEMORY = r"x16\.F32\S* R\d+, gdesc\[\w+\], R"
 
 
+def instructions(code: str) -> list[str]:
+    return [text.strip() for text in re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", code)]
+
+
+def left_operands(code: str) -> dict[int, int]:
+    """Register of the accumulators that each register of A in registers is multiplied for."""
+    found: dict[int, int] = {}
+    for text in instructions(code):
+        if product := re.match(r"HGMMA\S* R(\d+), R(\d+), gdesc", text):
+            sums, first = map(int, product.groups())
+            for register in range(first, first + 4):
+                assert found.setdefault(register, sums) == sums, (
+                    f"{text}: R{register} is A of R{found[register]} as well"
+                )
+    return found
+
+
+def written(text: str) -> range:
+    """The registers that an instruction other than a product writes."""
+    if not (found := re.match(r"(?:@!?U?P\w+ +)?(\S+) +(?:!?U?P\w+, *)*R(\d+)\b", text)):
+        return range(0)
+    name, first = found[1], int(found[2])
+    if re.match(r"ST|RED|HGMMA|SYNCS|BAR|R2UR|UTMA|WARPGROUP|ISETP|FSETP|R2P", name):
+        return range(0)
+    width = 4 if re.search(r"LDSM\S*\.4|\.128", name) else 2 if re.search(r"\.64|\.WIDE|CS2R", name) else 1
+    return range(first, first + width)
+
+
+def check_in_flight(code: str) -> None:
+    """From a product's issue to the wait for it nobody writes its operands or accumulators (along the code; what is in
+    flight from one turn of a loop to the next is not followed)."""
+    groups: list[set[int]] = [set()]
+    for text in instructions(code):
+        if product := re.match(r"HGMMA\.64x(\d+)\S* R(\d+), (?:R(\d+), )?gdesc", text):
+            columns, sums = int(product[1]), int(product[2])
+            groups[-1].update(range(sums, sums + columns // 2))
+            if product[3]:
+                groups[-1].update(range(int(product[3]), int(product[3]) + 4))
+            if "gsb0" in text:
+                groups.append(set())
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", text):
+            assert not groups[-1], f"{text}: products in no group"
+            groups = groups[max(len(groups) - 1 - int(wait[1]), 0) :]
+        else:
+            assert not set().union(*groups) & set(written(text)), f"{text}: a product in flight uses this"
+
+
 def waits(code: str, pending: int) -> int:
     return len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, {pending:#x} ", code))
 
@@ -73,6 +120,8 @@ def test_forward(tmp_path: Path) -> None:
             assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == 2 * 128 // 16
             assert products(code, f"64x128{IN_MEMORY}") == 2 * width // 16  # scores
             assert waits(code, 1) == 1  # softmax begins when the scores are there and the values' product is not
+            left_operands(code)
+            check_in_flight(code)
 
 
 @pytest.mark.parametrize("which", ["keys", "queries"])
@@ -90,3 +139,7 @@ def test_backward(which: str, tmp_path: Path) -> None:
             sums = 2 if which == "keys" else 1
             assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == sums * 64 // 16
             assert waits(code, 1) == 1  # exponentials begin when S is there and dP is not
+            # Operands that are held for the whole loop are nobody else's: see ptx::wgmma_keep.
+            in_registers = (2 * width // 16 if held else 0) + sums * 64 // 16
+            assert len(left_operands(code)) == 4 * in_registers
+            check_in_flight(code)

@@ -244,9 +244,8 @@ std::string launch(const CudaAttentionParams& c, int sm_count) {
   AttentionParams& p = one.a;
   const int64_t group = p.Hq / p.Hkv, near = section(p) * group;
   p.Hkv = p.Hq;
-  const int64_t tiles = tile_count(p, p.L, 1, kHopperRows), total = tiles * p.B * p.Hq;
-  if (total == 0) return "";
-  const Schedule schedule{int(tiles), int(p.Hq), int(near), int(total), int(group), float(p.scale * kLog2e)};
+  const Schedule schedule = schedule_of(p, tiles_of(p.L, kHopperRows), p.Hq, near, group, sm_count);
+  if (schedule.total == 0) return "";
   SharedArena arena;
   Memory<E, W>::carve(arena);
   Launch launch = hopper_launch("attention_hopper", c, schedule, sm_count, arena.bytes());

@@ -183,12 +183,6 @@ struct Band {
   }
 };
 
-// Schedule of `heads` heads of `n` rows each that are owned; `pairs` of them run side by side.
-inline Schedule gradient_schedule(const AttentionParams& p, int64_t n, int64_t heads, int64_t pairs) {
-  const int64_t tiles = tiles_of(n, kHopperRows);
-  return {int(tiles), int(heads), int(pairs), int(tiles * p.B * heads), int(p.Hq / p.Hkv), float(p.scale * kLog2e)};
-}
-
 // The two tensors that a product of queries and keys and one of dout and values take rows from; n rows a head.
 struct Sides {
   const Heads *x, *y;

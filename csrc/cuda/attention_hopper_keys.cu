@@ -156,6 +156,7 @@ struct Consumer {
     ptx::wgmma_wait<0>(dk, dv);
     m.ring.release(stage.at());
     stage.step();
+    if constexpr (kHeld) ptx::wgmma_keep(g.fwd.stuck, k, v);  // stuck, nothing arrives and nobody comes here
   }
 
   // The next tile; false if there is none.
@@ -221,7 +222,7 @@ std::string attention_hopper_keys(const CudaAttentionGradParams& g, int sm_count
   const AttentionParams& p = g.fwd.a;
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
-  const Schedule schedule = gradient_schedule(p, p.S, p.Hkv, section(p));
+  const Schedule schedule = schedule_of(p, tiles_of(p.S, kHopperRows), p.Hkv, section(p), p.Hq / p.Hkv, sm_count);
   return for_hopper(p, [&](auto e, auto w) {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;

@@ -97,6 +97,7 @@ struct Consumer {
     multiply_down<kStream / 16, E>(flat(dq), slopes, terms_down<kStream>(m.stream[0].address(stage.at() * M::kTile)));
     ptx::wgmma_commit();
     stage.step();
+    ptx::wgmma_keep(g.fwd.stuck, q, dout);  // stuck, nothing arrives and nobody comes here
   }
 
   // The next tile; false if there is none.
@@ -162,7 +163,8 @@ std::string attention_hopper_queries(const CudaAttentionGradParams& g, int sm_co
   const AttentionParams& p = g.fwd.a;
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
-  const Schedule schedule = gradient_schedule(p, p.L, p.Hq, section(p) * (p.Hq / p.Hkv));
+  const int64_t group = p.Hq / p.Hkv;
+  const Schedule schedule = schedule_of(p, tiles_of(p.L, kHopperRows), p.Hq, section(p) * group, group, sm_count);
   return for_hopper(p, [&](auto e, auto w) {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
