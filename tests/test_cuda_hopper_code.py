@@ -12,12 +12,14 @@ from test_cuda_resources import disassembler
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-VARIANTS = 2 * 2  # dtypes, head sizes
-# Registers after setmaxnreg, of the producer and the consumers.
-FORWARD, BACKWARD = (40, 232), (24, 240)
+# Consumers, and registers after setmaxnreg, of the producer and each of them.
+TWO, THREE, BACKWARD = (2, 40, 232), (3, 32, 160), (2, 24, 240)
 
 
-def compiled(name: str, tmp: Path) -> tuple[str, dict[int, list[str]]]:
+Kernels = dict[tuple[int, int], list[str]]  # of a head size and a number of consumers
+
+
+def compiled(name: str, tmp: Path) -> tuple[str, Kernels]:
     """ptxas's report, and the machine code of the kernels of each head size."""
     cubin = tmp / f"{name}.cubin"
     command = [
@@ -27,23 +29,28 @@ def compiled(name: str, tmp: Path) -> tuple[str, dict[int, list[str]]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = subprocess.run([disassembler(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    kernels: dict[int, list[str]] = {64: [], 128: []}
+    kernels: dict[tuple[int, int], list[str]] = {}
     for kernel in text.split("Function :")[1:]:
         function, code = kernel.split("\n", 1)
-        kernels[64 if "Li64E" in function else 128].append(code)
-    assert sum(map(len, kernels.values())) == VARIANTS
+        consumers = 3 if "ELi3E" in function else 2
+        kernels.setdefault((64 if "Li64E" in function else 128, consumers), []).append(code)
+    assert all(len(both) == 2 for both in kernels.values())  # dtypes
     return done.stdout + done.stderr, kernels
 
 
-def check_registers(report: str, kernels: dict[int, list[str]], registers: tuple[int, int]) -> None:
+def check_registers(report: str, kernels: Kernels, *teams: tuple[int, int, int]) -> None:
     # C7510 to C7519: products serialised.
     assert "Potential Performance Loss" not in report and "warpgroup.wait is injected" not in report, report
     assert "setmaxnreg" not in report, report
-    assert re.findall(r"Used (\d+) registers", report) == ["168"] * VARIANTS  # what 384 threads begin with
-    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * VARIANTS
-    producer, consumer = registers
-    assert producer + 2 * consumer <= 3 * 168
-    for code in (code for some in kernels.values() for code in some):
+    variants = sum(map(len, kernels.values()))
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * variants
+    budgets = {consumers: registers for consumers, *registers in teams}
+    first = {2: 168, 3: 128}  # what 384 and 512 threads begin with
+    used = sorted(str(first[consumers]) for _, consumers in kernels for _ in range(2))
+    assert sorted(re.findall(r"Used (\d+) registers", report)) == used
+    for (_, consumers), code in ((key, code) for key, some in kernels.items() for code in some):
+        producer, consumer = budgets[consumers]
+        assert producer + consumers * consumer <= (consumers + 1) * first[consumers]
         assert f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumer:#x}" in code
         parts = code.split(f"USETMAXREG.DEALLOC.CTAPOOL {producer:#x}")
         assert len(parts) == 2
@@ -112,8 +119,9 @@ def waits(code: str, pending: int) -> int:
 
 def test_forward(tmp_path: Path) -> None:
     report, kernels = compiled("attention_hopper", tmp_path)
-    check_registers(report, kernels, FORWARD)
-    for width, some in kernels.items():
+    check_registers(report, kernels, TWO, THREE)
+    assert set(kernels) == {(64, 2), (64, 3), (128, 2)}
+    for (width, _), some in kernels.items():
         for code in some:
             assert code.count("UTMALDG.4D") >= 3 * width // 64  # Q, K, V in panels of 64 columns
             # Weights in registers, values read along their rows; in the loop and after it.
@@ -128,7 +136,8 @@ def test_forward(tmp_path: Path) -> None:
 def test_backward(which: str, tmp_path: Path) -> None:
     report, kernels = compiled(f"attention_hopper_{which}", tmp_path)
     check_registers(report, kernels, BACKWARD)
-    for width, some in kernels.items():
+    assert set(kernels) == {(64, 2), (128, 2)}
+    for (width, _), some in kernels.items():
         for code in some:
             assert code.count("UTMALDG.4D") == 4 * width // 64  # two tensors that are owned, two that go past
             held = which == "queries" or width == 64

@@ -179,19 +179,19 @@ FSQ_DEVICE void clear(float (&x)[N][4]) {
   for (int i = 0; i < 4; ++i) x[n][i] = 0;
 }
 
-// Rows from `from` on of a tile of ROWS rows, which begins at element `first` and which both consumers have waited for,
-// become 0: what lies behind a sequence's length would not vanish when multiplied with 0 if it is not finite. All
+// Rows from `from` on of a tile of ROWS rows, which begins at element `first` and which all C consumers have waited
+// for, become 0: what lies behind a sequence's length would not vanish when multiplied with 0 if it is not finite. All
 // threads of the consumers, who use `barrier` for nothing else.
-template <int ROWS, int W, class E>
+template <int ROWS, int W, int C, class E>
 FSQ_DEVICE void clear_rows(const SharedSpan<E>& tile, int first, int from, int barrier) {
   constexpr int kWide = 16 / int(sizeof(E)), kPanels = W / kPanel;
   const int thread = int(threadIdx.x) - kGroup, chunks = (ROWS - from) * kPanel / kWide;
-  for (int i = thread; i < kPanels * chunks; i += kConsumerThreads) {
+  for (int i = thread; i < kPanels * chunks; i += C * kGroup) {
     const int panel = i / chunks, chunk = i % chunks;
     tile.template store<uint4>(first + (panel * ROWS + from) * kPanel + chunk * kWide, make_uint4(0, 0, 0, 0));
   }
   ptx::fence_proxy_async();
-  ptx::barrier_sync(barrier, kConsumerThreads);
+  ptx::barrier_sync(barrier, C * kGroup);
 }
 
 // `total` tiles, `tiles` of each of `heads` heads a batch row, of which `section` run side by side. `group` query heads
@@ -255,9 +255,9 @@ inline std::string encode(TensorMap& map, const AttentionParams& p, const Heads&
 }
 
 inline Launch hopper_launch(const char* name, const CudaAttentionParams& c, const Schedule& schedule, int sm_count,
-                            int shared) {
+                            int threads, int shared) {
   const int blocks = schedule.total < sm_count ? schedule.total : sm_count;
-  Launch launch(name, describe(c.a), dim3(unsigned(blocks)), dim3(kHopperThreads));
+  Launch launch(name, describe(c.a), dim3(unsigned(blocks)), dim3(unsigned(threads)));
   launch.shared = shared;
   launch.stream = static_cast<cudaStream_t>(c.stream);
   return launch;

@@ -195,7 +195,7 @@ std::string launch_gradients(Kernel kernel, const char* name, const CudaAttentio
   const AttentionParams& p = g.fwd.a;
   SharedArena arena;
   GradientMemory<E, W>::carve(arena);
-  Launch launch = hopper_launch(name, g.fwd, schedule, sm_count, arena.bytes());
+  Launch launch = hopper_launch(name, g.fwd, schedule, sm_count, kHopperThreads, arena.bytes());
   GradientMaps maps;
   std::string error = encode(maps.own[0], p, *own.x, own.n, own.heads, W, kHopperRows);
   if (error.empty()) error = encode(maps.own[1], p, *own.y, own.n, own.heads, W, kHopperRows);

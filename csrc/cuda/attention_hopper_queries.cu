@@ -75,7 +75,7 @@ struct Consumer {
     // K only: what V makes is hidden.
     const int keys = m.planned(own, kKeyCount), behind = keys - m.passing[stage.at()];
     if (behind < kStream && keys < g.fwd.a.S)
-      clear_rows<kStream, W>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
+      clear_rows<kStream, W, kConsumers>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
     ptx::wgmma_fence(x, y, q, dout);
     multiply_across<kStream, W, E>(flat(x), q, terms_across(m.stream[0].address(stage.at() * M::kTile)));
     ptx::wgmma_commit();
