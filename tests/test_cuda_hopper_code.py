@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 TWO, THREE, BACKWARD = (2, 40, 232), (3, 32, 160), (2, 24, 240)
 
 
-Kernels = dict[tuple[int, int], list[str]]  # of a head size and a number of consumers
+Kernels = dict[tuple[int, int, bool], list[str]]  # of a head size, a number of consumers and a variant
 
 
 def compiled(name: str, tmp: Path) -> tuple[str, Kernels]:
@@ -33,7 +33,7 @@ def compiled(name: str, tmp: Path) -> tuple[str, Kernels]:
     for kernel in text.split("Function :")[1:]:
         function, code = kernel.split("\n", 1)
         consumers = 3 if "ELi3E" in function else 2
-        kernels.setdefault((64 if "Li64E" in function else 128, consumers), []).append(code)
+        kernels.setdefault((64 if "Li64E" in function else 128, consumers, "ELb1E" in function), []).append(code)
     assert all(len(both) == 2 for both in kernels.values())  # dtypes
     return done.stdout + done.stderr, kernels
 
@@ -46,9 +46,9 @@ def check_registers(report: str, kernels: Kernels, *teams: tuple[int, int, int])
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * variants
     budgets = {consumers: registers for consumers, *registers in teams}
     first = {2: 168, 3: 128}  # what 384 and 512 threads begin with
-    used = sorted(str(first[consumers]) for _, consumers in kernels for _ in range(2))
+    used = sorted(str(first[consumers]) for _, consumers, _ in kernels for _ in range(2))
     assert sorted(re.findall(r"Used (\d+) registers", report)) == used
-    for (_, consumers), code in ((key, code) for key, some in kernels.items() for code in some):
+    for (_, consumers, _), code in ((key, code) for key, some in kernels.items() for code in some):
         producer, consumer = budgets[consumers]
         assert producer + consumers * consumer <= (consumers + 1) * first[consumers]
         assert f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumer:#x}" in code
@@ -94,23 +94,35 @@ def written(text: str) -> range:
     return range(first, first + width)
 
 
+def longest_loop(code: str) -> list[str]:
+    """The innermost loop with products in it that is the longest."""
+    lines = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", code)]
+    jumps = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"BRA 0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in jumps if first <= last]
+    bodies = [
+        [text for at, text in lines if first <= at <= last] for first, last in sorted(loops, key=lambda l: l[1] - l[0])
+    ]
+    return next(body for body in bodies if sum("HGMMA" in text for text in body) >= 8)
+
+
 def check_in_flight(code: str) -> None:
-    """From a product's issue to the wait for it nobody writes its operands or accumulators (along the code; what is in
-    flight from one turn of a loop to the next is not followed)."""
-    groups: list[set[int]] = [set()]
-    for text in instructions(code):
-        if product := re.match(r"HGMMA\.64x(\d+)\S* R(\d+), (?:R(\d+), )?gdesc", text):
-            columns, sums = int(product[1]), int(product[2])
-            groups[-1].update(range(sums, sums + columns // 2))
-            if product[3]:
-                groups[-1].update(range(int(product[3]), int(product[3]) + 4))
-            if "gsb0" in text:
-                groups.append(set())
-        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", text):
-            assert not groups[-1], f"{text}: products in no group"
-            groups = groups[max(len(groups) - 1 - int(wait[1]), 0) :]
-        else:
-            assert not set().union(*groups) & set(written(text)), f"{text}: a product in flight uses this"
+    """From a product's issue to the wait for it nobody writes its operands or accumulators: along the code, and from
+    one turn of the main loop to the next."""
+    for run in (instructions(code), 2 * longest_loop(code)):
+        groups: list[set[int]] = [set()]
+        for text in run:
+            if product := re.match(r"HGMMA\.64x(\d+)\S* R(\d+), (?:R(\d+), )?gdesc", text):
+                columns, sums = int(product[1]), int(product[2])
+                groups[-1].update(range(sums, sums + columns // 2))
+                if product[3]:
+                    groups[-1].update(range(int(product[3]), int(product[3]) + 4))
+                if "gsb0" in text:
+                    groups.append(set())
+            elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", text):
+                assert not groups[-1], f"{text}: products in no group"
+                groups = groups[max(len(groups) - 1 - int(wait[1]), 0) :]
+            else:
+                assert not set().union(*groups) & set(written(text)), f"{text}: a product in flight uses this"
 
 
 def waits(code: str, pending: int) -> int:
@@ -120,8 +132,8 @@ def waits(code: str, pending: int) -> int:
 def test_forward(tmp_path: Path) -> None:
     report, kernels = compiled("attention_hopper", tmp_path)
     check_registers(report, kernels, TWO, THREE)
-    assert set(kernels) == {(64, 2), (64, 3), (128, 2)}
-    for (width, _), some in kernels.items():
+    assert set(kernels) == {(64, 2, False), (64, 3, False), (128, 2, False)}
+    for (width, _, _), some in kernels.items():
         for code in some:
             assert code.count("UTMALDG.4D") >= 3 * width // 64  # Q, K, V in panels of 64 columns
             # Weights in registers, values read along their rows; in the loop and after it.
@@ -135,20 +147,22 @@ def test_forward(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["keys", "queries"])
 def test_backward(which: str, tmp_path: Path) -> None:
     report, kernels = compiled(f"attention_hopper_{which}", tmp_path)
-    check_registers(report, kernels, BACKWARD)
-    assert set(kernels) == {(64, 2), (128, 2)}
-    for (width, _), some in kernels.items():
+    check_registers(report, kernels, BACKWARD, THREE)
+    another = (64, 2, True) if which == "keys" else (64, 3, False)
+    assert set(kernels) == {(64, 2, False), another, (128, 2, False)}
+    for (width, consumers, _), some in kernels.items():
         for code in some:
             assert code.count("UTMALDG.4D") == 4 * width // 64  # two tensors that are owned, two that go past
-            held = which == "queries" or width == 64
+            # Of S and dP those whose left operand is held in registers.
+            held = 1 if consumers == 3 else 2 if which == "queries" or width == 64 else 0
             both = 2 * width // 16  # products of S and of dP
             assert products(code, f"64x64{IN_REGISTERS}, R") + products(code, f"64x64{IN_MEMORY}") >= both
-            assert (products(code, f"64x64{IN_MEMORY}") == 0) == held
+            assert products(code, f"64x64{IN_MEMORY}") == (2 - held) * width // 16
             # P^T and dS^T, or dS, in registers; Q and dO, or K, read along their rows.
             sums = 2 if which == "keys" else 1
             assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == sums * 64 // 16
             assert waits(code, 1) == 1  # exponentials begin when S is there and dP is not
             # Operands that are held for the whole loop are nobody else's: see ptx::wgmma_keep.
-            in_registers = (2 * width // 16 if held else 0) + sums * 64 // 16
+            in_registers = held * width // 16 + sums * 64 // 16
             assert len(left_operands(code)) == 4 * in_registers
             check_in_flight(code)

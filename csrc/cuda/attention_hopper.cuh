@@ -16,9 +16,7 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kGroup, kHopperThreads = kConsumerThreads + kGroup;
-constexpr int kConsumerWarps = kConsumerThreads / 32;
-constexpr int kGroupRows = 64, kHopperRows = kConsumers * kGroupRows;
+constexpr int kGroupRows = 64;
 constexpr int kPanel = 64, kPanelBytes = 128, kPatternBytes = 8 * kPanelBytes;  // columns of one swizzled row
 constexpr uint32_t kLongestWait = 4000000000;                                   // nanoseconds, below 2^32
 
