@@ -161,7 +161,7 @@ class Kernel(NamedTuple):
     direction: str  # "forward" or "backward"
     backend: str
     name: str  # of the cuda backend's attention: "mma", "hopper" or "decode"
-    reason: str  # why it was not the one asked for; empty if it was
+    reason: str  # why it was not the one preferred; empty if it was
 
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fusedseq
-from fusedseq import registry
+from fusedseq import config, registry
 from fusedseq.backends import cuda, cuda_attention
 from fusedseq.ops.attention import run
 from fusedseq.reference import attention as reference
@@ -23,7 +23,9 @@ from fusedseq.testing.attention_compare import compare_with, evaluate_attention,
 
 
 @pytest.fixture(autouse=True)
-def _emulator() -> Iterator[None]:
+def _emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # The emulated device takes the Hopper kernels otherwise, which have tests of their own.
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention="mma"))
     with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"):
         yield
 

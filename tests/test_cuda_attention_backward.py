@@ -5,6 +5,7 @@ That it is right, for every structure, is in tests/test_cuda_parity.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fusedseq
-from fusedseq import registry
+from fusedseq import config, registry
 from fusedseq.backends import cuda, cuda_attention
 from fusedseq.ops.attention import run
 from fusedseq.reference.attention import Problem
@@ -25,7 +26,9 @@ NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
 @pytest.fixture(autouse=True)
-def _emulator() -> Iterator[None]:
+def _emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # The emulated device takes the Hopper kernels otherwise, which have tests of their own.
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention="mma"))
     with cuda.emulated(cuda_emulated.module()), fusedseq.use_backend("cuda"):
         yield
 

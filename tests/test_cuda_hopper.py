@@ -147,17 +147,23 @@ def test_what_it_refuses_runs_on_the_other_kernel(text: str, reason: str, spy: S
     assert reason in spy.reasons[0]
 
 
-def test_it_is_for_hopper_and_off_by_default(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_for_hopper_and_the_default_there(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     case = AttentionCase("B1H1L20S20E64")
     compare(case, torch.bfloat16, seed=1, capability=80)
-    assert spy.reasons == ["it is for compute capability 90, not 80"]
+    assert spy.reasons == ["it is for compute capability 90, not 80"] and spy.ran == ["attention_forward"]
     assert config.load({}).cuda_attention is None
     assert config.load({"FUSEDSEQ_CUDA_ATTENTION": "hopper"}).cuda_attention == "hopper"
     with pytest.raises(ValueError, match="FUSEDSEQ_CUDA_ATTENTION: expected one of mma, hopper or auto, got 'wgmma'"):
         config.load({"FUSEDSEQ_CUDA_ATTENTION": "wgmma"})
-    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention=None))
-    compare(case, torch.bfloat16, seed=1)
-    assert spy.ran == ["attention_forward"] * 2
+    for kind, capability, ran in (
+        (None, 90, "attention_hopper"),
+        (None, 80, "attention_forward"),
+        ("mma", 90, "attention_forward"),
+    ):
+        monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_attention=kind))
+        compare(case, torch.bfloat16, seed=1, capability=capability)
+        assert spy.ran[-1] == ran
+    assert len(spy.reasons) == 2  # where it is not wanted nobody asks
 
 
 def test_a_direct_call_of_what_it_refuses_raises() -> None:

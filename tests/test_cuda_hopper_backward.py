@@ -189,8 +189,10 @@ def test_a_producer_that_falls_silent_is_an_error(kernel: str, spy: Spy, monkeyp
     [
         ("B1H1L9S9E64", "hopper", ("hopper", "hopper"), ""),
         ("B1H1L9S9E32", "hopper", ("mma", "mma"), "not hopper: it is for heads of 64 or 128 elements"),
-        ("B1H1L9S9E64", None, ("mma", "mma"), ""),
-        ("B1H1L1S600E64", None, ("decode", "mma"), ""),
+        ("B1H1L9S9E64", None, ("hopper", "hopper"), ""),
+        ("B1H1L9S9E32", None, ("mma", "mma"), "not hopper: it is for heads of 64 or 128 elements"),
+        ("B1H1L9S9E64", "mma", ("mma", "mma"), ""),
+        ("B1H1L1S600E64", "mma", ("decode", "mma"), ""),
     ],
 )
 def test_the_record_names_the_kernels(

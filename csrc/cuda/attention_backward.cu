@@ -9,24 +9,62 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-template <class E>
+// The lanes of a warp that work on a row of `Ev` elements, 8 or, if rows are not aligned, one of them at a time.
+constexpr int kWide = 8;
+
+// This lane's part of the product of two rows, lane `part` of T.
+template <class E, int T, bool WIDE>
+FSQ_DEVICE float dot(const E* a, const E* b, int part, int64_t Ev) {
+  float sum = 0;
+  if constexpr (WIDE) {
+    if (part * kWide >= Ev) return sum;
+    const uint4 both[2] = {reinterpret_cast<const uint4*>(a)[part], reinterpret_cast<const uint4*>(b)[part]};
+    E x[kWide], y[kWide];
+    memcpy(static_cast<void*>(x), &both[0], sizeof x);
+    memcpy(static_cast<void*>(y), &both[1], sizeof y);
+    FSQ_UNROLL
+    for (int e = 0; e < kWide; ++e) sum = fma(widen(x[e]), widen(y[e]), sum);
+  } else {
+    for (int64_t e = part; e < Ev; e += T) sum = fma(widen(a[e]), widen(b[e]), sum);
+  }
+  return sum;
+}
+
+// A warp takes 32 rows of a head, 32 / T side by side, and loads a few turns ahead; in the end every lane has the sum
+// of one row.
+template <class E, int T, bool WIDE>
 __global__ void __launch_bounds__(kThreads) attention_delta_kernel(const __grid_constant__ CudaAttentionGradParams g) {
+  constexpr int kBeside = 32 / T, kAhead = 4;
   const AttentionParams& p = g.fwd.a;
-  const int lane = int(ptx::lane());
-  const int64_t all = p.B * p.Hq * p.L;
+  const int lane = int(ptx::lane()), part = lane % T, beside = lane / T;
+  const int64_t tiles = tiles_of(p.L, 32), all = p.B * p.Hq * tiles;
   for (int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < all; n += int64_t(gridDim.x) * kWarps) {
-    const int64_t i = n % p.L, h = n / p.L % p.Hq, b = n / p.L / p.Hq;
-    const E* const out = static_cast<const E*>(p.out.data) + b * p.out.sb + h * p.out.sh + i * p.out.sn;
-    const E* const dout = static_cast<const E*>(g.dout.data) + b * g.dout.sb + h * g.dout.sh + i * g.dout.sn;
-    float sum = 0;
-    for (int64_t e = lane; e < p.Ev; e += 32) sum = fma(widen(out[e]), widen(dout[e]), sum);
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (lane != 0) continue;
-    const float lse = static_cast<const float*>(p.lse)[n];
+    const int64_t pair = n / tiles, first = n % tiles * 32, b = pair / p.Hq, h = pair % p.Hq;
+    const E* const out = static_cast<const E*>(p.out.data) + b * p.out.sb + h * p.out.sh;
+    const E* const dout = static_cast<const E*>(g.dout.data) + b * g.dout.sb + h * g.dout.sh;
+    float mine = 0;
+    for (int turn = 0; turn < T && first + turn * kBeside < p.L; turn += kAhead) {
+      float sums[kAhead];
+      FSQ_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        int64_t i = first + (turn + a) * kBeside + beside;
+        if (i >= p.L) i = p.L - 1;  // computed and left
+        sums[a] = dot<E, T, WIDE>(out + i * p.out.sn, dout + i * g.dout.sn, part, p.Ev);
+      }
+      FSQ_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        FSQ_UNROLL
+        for (int step = T / 2; step > 0; step /= 2) sums[a] += __shfl_xor_sync(0xffffffffu, sums[a], step);
+        if (part == turn + a) mine = sums[a];
+      }
+    }
+    const int64_t i = first + part * kBeside + beside, at = pair * p.L + i;
+    if (i >= p.L) continue;
+    const float lse = static_cast<const float*>(p.lse)[at];
     const bool nothing = lse == -infinity();
-    if (g.dlse) sum -= static_cast<const float*>(g.dlse)[n];
-    g.lse2[n] = nothing ? infinity() : lse * float(kLog2e);
-    g.delta[n] = nothing ? 0.0f : sum;
+    if (g.dlse) mine -= static_cast<const float*>(g.dlse)[at];
+    g.lse2[at] = nothing ? infinity() : lse * float(kLog2e);
+    g.delta[at] = nothing ? 0.0f : mine;
   }
 }
 
@@ -62,12 +100,20 @@ __global__ void __launch_bounds__(kThreads) attention_heads_kernel(const __grid_
 
 std::string attention_delta(const CudaAttentionGradParams& g) {
   const AttentionParams& p = g.fwd.a;
-  const int64_t blocks = tiles_of(p.B * p.Hq * p.L, kWarps);
+  const int64_t blocks = tiles_of(p.B * p.Hq * tiles_of(p.L, 32), kWarps), limit = int64_t(1) << 20;
   if (blocks == 0) return "";
-  Launch launch("attention_delta", describe(p), dim3(unsigned(blocks < 65536 ? blocks : 65536)), dim3(kThreads));
+  Launch launch("attention_delta", describe(p), dim3(unsigned(blocks < limit ? blocks : limit)), dim3(kThreads));
   launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
-  if (p.dtype == DType::bf16) return run(&attention_delta_kernel<__nv_bfloat16>, launch, g);
-  return run(&attention_delta_kernel<__half>, launch, g);
+  const auto start = [&](auto e) {
+    typedef decltype(e) E;
+    if (p.Ev % kWide || !aligned(p.out) || !aligned(g.dout))
+      return run(&attention_delta_kernel<E, 32, false>, launch, g);
+    if (p.Ev <= 8 * kWide) return run(&attention_delta_kernel<E, 8, true>, launch, g);
+    if (p.Ev <= 16 * kWide) return run(&attention_delta_kernel<E, 16, true>, launch, g);
+    if (p.Ev <= 32 * kWide) return run(&attention_delta_kernel<E, 32, true>, launch, g);
+    return run(&attention_delta_kernel<E, 32, false>, launch, g);
+  };
+  return p.dtype == DType::bf16 ? start(__nv_bfloat16()) : start(__half());
 }
 
 std::string attention_backward_heads(const CudaAttentionGradParams& g) {

@@ -16,9 +16,7 @@ namespace fusedseq {
 namespace FSQ_ISA {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kConsumers = 2, kConsumerThreads = kConsumers * kGroup, kHopperThreads = kConsumerThreads + kGroup;
-constexpr int kConsumerWarps = kConsumerThreads / 32;
-constexpr int kGroupRows = 64, kHopperRows = kConsumers * kGroupRows;
+constexpr int kGroupRows = 64;
 constexpr int kPanel = 64, kPanelBytes = 128, kPatternBytes = 8 * kPanelBytes;  // columns of one swizzled row
 constexpr uint32_t kLongestWait = 4000000000;                                   // nanoseconds, below 2^32
 
@@ -179,40 +177,66 @@ FSQ_DEVICE void clear(float (&x)[N][4]) {
   for (int i = 0; i < 4; ++i) x[n][i] = 0;
 }
 
-// Rows from `from` on of a tile of ROWS rows, which begins at element `first` and which both consumers have waited for,
-// become 0: what lies behind a sequence's length would not vanish when multiplied with 0 if it is not finite. All
+// Rows from `from` on of a tile of ROWS rows, which begins at element `first` and which all C consumers have waited
+// for, become 0: what lies behind a sequence's length would not vanish when multiplied with 0 if it is not finite. All
 // threads of the consumers, who use `barrier` for nothing else.
-template <int ROWS, int W, class E>
+template <int ROWS, int W, int C, class E>
 FSQ_DEVICE void clear_rows(const SharedSpan<E>& tile, int first, int from, int barrier) {
   constexpr int kWide = 16 / int(sizeof(E)), kPanels = W / kPanel;
   const int thread = int(threadIdx.x) - kGroup, chunks = (ROWS - from) * kPanel / kWide;
-  for (int i = thread; i < kPanels * chunks; i += kConsumerThreads) {
+  for (int i = thread; i < kPanels * chunks; i += C * kGroup) {
     const int panel = i / chunks, chunk = i % chunks;
     tile.template store<uint4>(first + (panel * ROWS + from) * kPanel + chunk * kWide, make_uint4(0, 0, 0, 0));
   }
   ptx::fence_proxy_async();
-  ptx::barrier_sync(barrier, kConsumerThreads);
+  ptx::barrier_sync(barrier, C * kGroup);
 }
 
 // `total` tiles, `tiles` of each of `heads` heads a batch row, of which `section` run side by side. `group` query heads
-// share keys and values. `scale` makes products logits in units of ln 2.
+// share keys and values. `scale` makes products logits in units of ln 2. CTAs take tiles in turns, and `turns` of them
+// are over when `span` tiles are.
 struct Schedule {
   int tiles, heads, section, total, group;
   float scale;
+  int span, turns;
 };
 
-// f(index) for the tiles of this CTA. CTAs take turns in one direction and then in the other, so that all get long and
-// short ones.
+// f(index) for the tiles of this CTA. CTAs take turns in one direction and then in the other, so that each gets long
+// tiles and short ones; where lengths begin anew, at each span, so do the turns, in the direction in which the last
+// span did not begin. All that goes from one tile to the next is a number: the producer of the backward pass has no
+// registers for more.
 template <class F>
 FSQ_DEVICE void each_tile(const Schedule& schedule, F f) {
-  const int width = int(gridDim.x), mine = int(blockIdx.x);
-  for (int round = 0; round * width < schedule.total; ++round) {
-    const int index = round * width + (round % 2 ? width - 1 - mine : mine);
-    if (index < schedule.total) f(index);
+  for (int turn = 0;; ++turn) {
+    const int spans = turn / schedule.turns, first = spans * schedule.span, within = turn - spans * schedule.turns;
+    if (first >= schedule.total) return;
+    const bool back = (within + spans) % 2;
+    const int at = within * int(gridDim.x) + (back ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x));
+    if (at < schedule.span && first + at < schedule.total) f(first + at);
   }
 }
 
 // Host side.
+
+// The tiles of B x `heads` heads, `tiles` each, of which `section` are to run side by side.
+//
+// Where tiles grow, as under a causal mask, a span is a section: turns that go on from one section to the next would
+// always give the same CTAs the longest ones if a section is an even number of turns. A section of less than two turns
+// cannot make up for that, and becomes four.
+inline Schedule schedule_of(const AttentionParams& p, int64_t tiles, int64_t heads, int64_t section, int64_t group,
+                            int sm_count) {
+  const int64_t total = tiles * p.B * heads, width = total < sm_count ? total : sm_count;
+  int64_t span = total;
+  if ((p.left < 0) != (p.right < 0)) {
+    if (tiles * section * 8 < width * 15) section = tiles_of(4 * width, tiles);
+    if (section > p.B * heads) section = p.B * heads;
+    span = tiles * section;
+  }
+  return {int(tiles),   int(heads),
+          int(section), int(total),
+          int(group),   float(p.scale * kLog2e),
+          int(span),    int(width ? tiles_of(span, width) : 1)};
+}
 
 // The map of a tensor of `heads` heads with n rows each, for boxes of `rows` rows of a panel.
 inline std::string encode(TensorMap& map, const AttentionParams& p, const Heads& t, int64_t n, int64_t heads, int width,
@@ -229,9 +253,9 @@ inline std::string encode(TensorMap& map, const AttentionParams& p, const Heads&
 }
 
 inline Launch hopper_launch(const char* name, const CudaAttentionParams& c, const Schedule& schedule, int sm_count,
-                            int shared) {
+                            int threads, int shared) {
   const int blocks = schedule.total < sm_count ? schedule.total : sm_count;
-  Launch launch(name, describe(c.a), dim3(unsigned(blocks)), dim3(kHopperThreads));
+  Launch launch(name, describe(c.a), dim3(unsigned(blocks)), dim3(unsigned(threads)));
   launch.shared = shared;
   launch.stream = static_cast<cudaStream_t>(c.stream);
   return launch;

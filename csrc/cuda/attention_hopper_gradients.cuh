@@ -15,8 +15,11 @@ namespace FSQ_ISA {
 constexpr int kStream = 64;                // rows of a tile that goes past
 constexpr int kStreamTiles = kStream / 8;  // of 8 columns of accumulators
 constexpr int kOwnStages = 2, kStreamStages = 3;
-// What 65536 registers leave: 128 (24 + 2 240) of them are those that 384 threads begin with.
-constexpr int kBringerRegisters = 24, kOwnerRegisters = 240;
+// What 65536 registers leave to C consumers, of whom the 128 (C + 1) threads begin with 168 or 128 each.
+template <int C>
+constexpr int kBringerRegisters = C == 2 ? 24 : 32;
+template <int C>
+constexpr int kOwnerRegisters = C == 2 ? 240 : 160;
 constexpr int kStreamCleared = 1;  // a named barrier
 
 // The plan of a tile that is owned, one number each.
@@ -30,8 +33,8 @@ enum Field {
   kFrom,         // first row of those
   kStreamHead,   // first head that goes past,
   kStreamHeads,  // and how many do
-  kInner,        // [kConsumers][2] rows of those within which a consumer's 64 rows see, and are seen by, all
-  kPlan = kInner + 2 * kConsumers
+  kInner,        // [C][2] rows of those within which a consumer's 64 rows see, and are seen by, all
+  kPlan = kInner + 2 * 3
 };
 constexpr int kNoMore = -1;
 
@@ -39,10 +42,10 @@ struct GradientMaps {
   TensorMap own[2], stream[2];
 };
 
-template <class E, int W>
+template <class E, int W, int C>
 struct GradientMemory {
-  static constexpr int kOwn = kHopperRows * W, kTile = kStream * W;  // elements
-  SharedSpan<E> own[2], stream[2];                                   // [stages][rows]
+  static constexpr int kOwnRows = C * kGroupRows, kOwn = kOwnRows * W, kTile = kStream * W;  // elements
+  SharedSpan<E> own[2], stream[2];                                                           // [stages][rows]
   SharedSpan<float> lse, delta;  // [kStreamStages][kStream], of queries that go past
   SharedSpan<int> plan;          // [kOwnStages][kPlan]
   SharedSpan<int> passing;       // [kStreamStages]
@@ -65,8 +68,8 @@ struct GradientMemory {
 
   // `arrivals`: of the producer's threads for a tile that goes past. `followers`: of its warps, those that read plans.
   FSQ_DEVICE void initialise(int arrivals, int followers) const {
-    owned.initialise(1, kConsumerWarps + followers);
-    ring.initialise(arrivals, kConsumerWarps);
+    owned.initialise(1, 4 * C + followers);
+    ring.initialise(arrivals, 4 * C);
     ptx::fence_mbarrier_init();
   }
 
@@ -98,10 +101,10 @@ struct GradientMemory {
     arrange(stage, kBlocks, blocks);
     arrange(stage, kFrom, range.first);
     if (blocks) {
-      ptx::mbarrier_arrive_expect_tx(full, 2 * kTileBytes<kHopperRows, W, E>);
+      ptx::mbarrier_arrive_expect_tx(full, 2 * kTileBytes<kOwnRows, W, E>);
       FSQ_UNROLL
       for (int i = 0; i < 2; ++i)
-        load_tile<kHopperRows, W>(own[i], stage.at() * kOwn, &maps.own[i], work.first, work.hkv, s.b, full);
+        load_tile<kOwnRows, W>(own[i], stage.at() * kOwn, &maps.own[i], work.first, work.hkv, s.b, full);
     } else {
       ptx::mbarrier_arrive(full);
     }
@@ -144,15 +147,15 @@ struct GradientMemory {
   }
 };
 
-// The 64 rows of a warpgroup as left operands in registers, from a tile of 128 rows that begins at element `first`;
+// The 64 rows of a warpgroup as left operands in registers, from a tile of ROWS rows that begins at element `first`;
 // `row`: the first of the warp's 16.
-template <int W, class E>
+template <int ROWS, int W, class E>
 FSQ_DEVICE void load_left(uint32_t (&a)[W / 16][4], const SharedSpan<E>& tile, int first, int row) {
   const int lane = int(ptx::lane()), r = row + lane % 16;
   FSQ_UNROLL
   for (int c = 0; c < W / 16; ++c) {
     const int chunk = (c % 4 * 2 + lane / 16) ^ (r % 8);
-    ptx::ldmatrix<4>(a[c], tile.address(first + (c / 4 * kHopperRows + r) * kPanel + chunk * kChunk));
+    ptx::ldmatrix<4>(a[c], tile.address(first + (c / 4 * ROWS + r) * kPanel + chunk * kChunk));
   }
 }
 
@@ -183,28 +186,22 @@ struct Band {
   }
 };
 
-// Schedule of `heads` heads of `n` rows each that are owned; `pairs` of them run side by side.
-inline Schedule gradient_schedule(const AttentionParams& p, int64_t n, int64_t heads, int64_t pairs) {
-  const int64_t tiles = tiles_of(n, kHopperRows);
-  return {int(tiles), int(heads), int(pairs), int(tiles * p.B * heads), int(p.Hq / p.Hkv), float(p.scale * kLog2e)};
-}
-
 // The two tensors that a product of queries and keys and one of dout and values take rows from; n rows a head.
 struct Sides {
   const Heads *x, *y;
   int64_t n, heads;
 };
-template <class E, int W, class Kernel>
+template <class E, int W, int C, class Kernel>
 std::string launch_gradients(Kernel kernel, const char* name, const CudaAttentionGradParams& g, const Sides& own,
                              const Sides& stream, const Schedule& schedule, int sm_count) {
   if (schedule.total == 0) return "";
   const AttentionParams& p = g.fwd.a;
   SharedArena arena;
-  GradientMemory<E, W>::carve(arena);
-  Launch launch = hopper_launch(name, g.fwd, schedule, sm_count, arena.bytes());
+  GradientMemory<E, W, C>::carve(arena);
+  Launch launch = hopper_launch(name, g.fwd, schedule, sm_count, (C + 1) * kGroup, arena.bytes());
   GradientMaps maps;
-  std::string error = encode(maps.own[0], p, *own.x, own.n, own.heads, W, kHopperRows);
-  if (error.empty()) error = encode(maps.own[1], p, *own.y, own.n, own.heads, W, kHopperRows);
+  std::string error = encode(maps.own[0], p, *own.x, own.n, own.heads, W, C * kGroupRows);
+  if (error.empty()) error = encode(maps.own[1], p, *own.y, own.n, own.heads, W, C * kGroupRows);
   if (error.empty()) error = encode(maps.stream[0], p, *stream.x, stream.n, stream.heads, W, kStream);
   if (error.empty()) error = encode(maps.stream[1], p, *stream.y, stream.n, stream.heads, W, kStream);
   return error.empty() ? run(kernel, launch, g, maps, schedule) : launch.error(error);

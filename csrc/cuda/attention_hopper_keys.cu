@@ -13,6 +13,8 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
+constexpr int kConsumers = 2, kRows = kConsumers * kGroupRows;
+
 // The queries of a head that see keys from j0 on; tiles that need no mask.
 FSQ_DEVICE Range queries_to_meet(const AttentionParams& p, const Sequence& s, int j0, int keys) {
   if (j0 >= s.S) return {0, 0, 0, 0};
@@ -25,27 +27,27 @@ namespace {
 
 // One thread of the producer plans tiles. Every query head is a pair of its own in `p` (p.Hkv = p.Hq).
 template <class E, int W>
-FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule, const GradientMemory<E, W>& m,
-                     const GradientMaps& maps) {
+FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule,
+                     const GradientMemory<E, W, kConsumers>& m, const GradientMaps& maps) {
   const AttentionParams& p = g.fwd.a;
   Stage<kOwnStages> own;
   each_tile(schedule, [&](int index) {
     const int group = schedule.group;
-    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, kHopperRows, false);
+    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, kRows, false);
     const Sequence s(p, work.n);
     m.owned.wait_empty(own, g.fwd.fault);
     for (int n = 0; n < kConsumers; ++n)
       m.arrange_inner(own, n, queries_to_meet(p, s, work.first + n * kGroupRows, kGroupRows));
     m.arrange(own, kStreamHead, work.hkv * group);
     m.arrange(own, kStreamHeads, group);
-    m.bring_own(own, work, s, queries_to_meet(p, s, work.first, kHopperRows), maps);
+    m.bring_own(own, work, s, queries_to_meet(p, s, work.first, kRows), maps);
   });
   m.end_plans(own, g.fwd.fault);
 }
 
 // A warp brings lse and delta, two rows of each tile to a lane.
 template <class E, int W>
-FSQ_DEVICE void bring_tables(const CudaAttentionGradParams& g, const GradientMemory<E, W>& m) {
+FSQ_DEVICE void bring_tables(const CudaAttentionGradParams& g, const GradientMemory<E, W, kConsumers>& m) {
   const int at = 2 * int(ptx::lane()), L = int(g.fwd.a.L), heads = int(g.fwd.a.Hq);
   Stage<kStreamStages> stage;
   m.follow(g.fwd.fault, [&](int head, int batch, int row) {
@@ -63,10 +65,11 @@ FSQ_DEVICE void bring_tables(const CudaAttentionGradParams& g, const GradientMem
   });
 }
 
-// One warpgroup, number `which` of the consumers.
-template <class E, int W>
+// One warpgroup, number `which` of the consumers. AHEAD: the products of the next queries are issued before the
+// gradients of the last ones are waited for.
+template <class E, int W, bool AHEAD>
 struct Consumer {
-  typedef GradientMemory<E, W> M;
+  typedef GradientMemory<E, W, kConsumers> M;
   static constexpr bool kHeld = W == 64;  // whether registers hold K and V
 
   const CudaAttentionGradParams& g;
@@ -96,9 +99,9 @@ struct Consumer {
     } else {
       const int first = own.at() * M::kOwn + which * kGroupRows * kPanel;
       ptx::wgmma_fence(x, y);
-      multiply_across<kHopperRows, kStream, W, E>(flat(x), terms_across(m.own[0].address(first)), q);
+      multiply_across<M::kOwnRows, kStream, W, E>(flat(x), terms_across(m.own[0].address(first)), q);
       ptx::wgmma_commit();
-      multiply_across<kHopperRows, kStream, W, E>(flat(y), terms_across(m.own[1].address(first)), dout);
+      multiply_across<M::kOwnRows, kStream, W, E>(flat(y), terms_across(m.own[1].address(first)), dout);
     }
     ptx::wgmma_commit();
   }
@@ -128,11 +131,16 @@ struct Consumer {
     band.apply(t, hidden);
   }
 
-  // The queries of the current stage.
-  FSQ_DEVICE void step() {
+  // The queries of the current stage. `first`: nothing is in flight yet.
+  FSQ_DEVICE void step(bool first) {
     m.ring.wait_full(stage, g.fwd.fault);
     score();
-    ptx::wgmma_wait<1>(x);
+    if constexpr (AHEAD) {
+      ptx::wgmma_wait<1>(x, dk, dv);
+      if (!first) m.ring.release(stage.before());
+    } else {
+      ptx::wgmma_wait<1>(x);
+    }
     hide(x, -infinity());
     FSQ_UNROLL
     for (int n = 0; n < kStreamTiles; ++n) {
@@ -153,9 +161,12 @@ struct Consumer {
     }
     pack_columns<E>(slopes, y);
     add(dk, slopes, m.stream[0]);
-    ptx::wgmma_wait<0>(dk, dv);
-    m.ring.release(stage.at());
+    if constexpr (!AHEAD) {
+      ptx::wgmma_wait<0>(dk, dv);
+      m.ring.release(stage.at());
+    }
     stage.step();
+    if constexpr (kHeld) ptx::wgmma_keep(g.fwd.stuck, k, v);  // stuck, nothing arrives and nobody comes here
   }
 
   // The next tile; false if there is none.
@@ -167,10 +178,15 @@ struct Consumer {
     if (blocks == kNoMore) return false;
     if (blocks) {
       if constexpr (kHeld) {
-        load_left<W>(k, m.own[0], own.at() * M::kOwn, which * kGroupRows + warp_row());
-        load_left<W>(v, m.own[1], own.at() * M::kOwn, which * kGroupRows + warp_row());
+        load_left<M::kOwnRows, W>(k, m.own[0], own.at() * M::kOwn, which * kGroupRows + warp_row());
+        load_left<M::kOwnRows, W>(v, m.own[1], own.at() * M::kOwn, which * kGroupRows + warp_row());
       }
-      for (int left_over = blocks * schedule.group; left_over > 0; --left_over) step();
+      for (int left_over = blocks * schedule.group; left_over > 0; --left_over)
+        step(left_over == blocks * schedule.group);
+      if constexpr (AHEAD) {
+        ptx::wgmma_wait<0>(dk, dv);
+        m.ring.release(stage.before());
+      }
     }
     const int j0 = m.planned(own, kFirst) + which * kGroupRows, head = m.planned(own, kHead);
     const int batch = m.planned(own, kBatch);
@@ -188,25 +204,25 @@ struct Consumer {
   }
 };
 
-template <class E, int W>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+template <class E, int W, bool AHEAD>
+__global__ void __launch_bounds__((kConsumers + 1) * kGroup, 1)
     attention_hopper_keys_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                  const __grid_constant__ GradientMaps maps, const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   DeviceArena arena;
-  const GradientMemory<E, W> m = GradientMemory<E, W>::carve(arena);
+  const GradientMemory<E, W, kConsumers> m = GradientMemory<E, W, kConsumers>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1 + 32, 2);  // tensors and tables
   __syncthreads();
   const int group = int(threadIdx.x) / kGroup;
   if (group == 0) {
-    ptx::setmaxnreg_dec<kBringerRegisters>();
+    ptx::setmaxnreg_dec<kBringerRegisters<kConsumers>>();
     const int warp = int(threadIdx.x) / 32;
     if (threadIdx.x == 0 && !g.fwd.stuck) plan<E, W>(g, schedule, m, maps);
     if (warp == 1) m.bring_stream(maps, g.fwd.fault);
     if (warp == 2) bring_tables<E, W>(g, m);
   } else {
-    ptx::setmaxnreg_inc<kOwnerRegisters>();
-    Consumer<E, W> consumer(g, schedule, m, group - 1);
+    ptx::setmaxnreg_inc<kOwnerRegisters<kConsumers>>();
+    Consumer<E, W, AHEAD> consumer(g, schedule, m, group - 1);
     while (consumer.run()) {
     }
   }
@@ -221,12 +237,19 @@ std::string attention_hopper_keys(const CudaAttentionGradParams& g, int sm_count
   const AttentionParams& p = g.fwd.a;
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
-  const Schedule schedule = gradient_schedule(p, p.S, p.Hkv, section(p));
-  return for_hopper(p, [&](auto e, auto w) {
+  const Schedule schedule = schedule_of(p, tiles_of(p.S, kRows), p.Hkv, section(p), p.Hq / p.Hkv, sm_count);
+  const auto start = [&](auto e, auto w, auto ahead) {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
-    return launch_gradients<E, W>(&attention_hopper_keys_kernel<E, W>, "attention_hopper_keys", one,
-                                  {&p.k, &p.v, p.S, p.Hkv}, {&p.q, &g.dout, p.L, p.Hq}, schedule, sm_count);
+    return launch_gradients<E, W, kConsumers>(&attention_hopper_keys_kernel<E, W, decltype(ahead)::value>,
+                                              "attention_hopper_keys", one, {&p.k, &p.v, p.S, p.Hkv},
+                                              {&p.q, &g.dout, p.L, p.Hq}, schedule, sm_count);
+  };
+  static const char* const ahead = getenv("FSQ_TRY_KEYS");
+  return for_hopper(p, [&](auto e, auto w) {
+    if constexpr (decltype(w)::value == 64)
+      if (ahead && *ahead == '1') return start(e, w, std::true_type());
+    return start(e, w, std::false_type());
   });
 }
 

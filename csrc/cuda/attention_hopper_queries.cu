@@ -14,30 +14,30 @@ namespace FSQ_ISA {
 namespace {
 
 // One thread of the producer plans tiles. Every query head is a pair of its own in `p` (p.Hkv = p.Hq).
-template <class E, int W>
-FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule, const GradientMemory<E, W>& m,
+template <class E, int W, int C>
+FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule, const GradientMemory<E, W, C>& m,
                      const GradientMaps& maps) {
   const AttentionParams& p = g.fwd.a;
   Stage<kOwnStages> own;
   each_tile(schedule, [&](int index) {
-    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, kHopperRows, p.causal != 0);
+    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, C * kGroupRows, p.causal != 0);
     const Sequence s(p, work.n);
     const auto range = [&](int first, int rows) {
       return keys_of_queries(p, s, first, first + rows - 1, 0, s.S, kStream);
     };
     m.owned.wait_empty(own, g.fwd.fault);
-    for (int n = 0; n < kConsumers; ++n) m.arrange_inner(own, n, range(work.first + n * kGroupRows, kGroupRows));
+    for (int n = 0; n < C; ++n) m.arrange_inner(own, n, range(work.first + n * kGroupRows, kGroupRows));
     m.arrange(own, kStreamHead, work.hkv / schedule.group);
     m.arrange(own, kStreamHeads, 1);
-    m.bring_own(own, work, s, range(work.first, kHopperRows), maps);
+    m.bring_own(own, work, s, range(work.first, C * kGroupRows), maps);
   });
   m.end_plans(own, g.fwd.fault);
 }
 
 // One warpgroup, number `which` of the consumers.
-template <class E, int W>
+template <class E, int W, int C>
 struct Consumer {
-  typedef GradientMemory<E, W> M;
+  typedef GradientMemory<E, W, C> M;
 
   const CudaAttentionGradParams& g;
   const Schedule& schedule;
@@ -45,7 +45,8 @@ struct Consumer {
   const int which;
   Stage<kOwnStages> own;
   Stage<kStreamStages> stage;
-  uint32_t q[W / 16][4], dout[W / 16][4];
+  static constexpr bool kHeld = C == 2;  // whether registers hold dO as they do Q
+  uint32_t q[W / 16][4], dout[kHeld ? W / 16 : 1][4];
   float x[kStreamTiles][4], y[kStreamTiles][4], dq[W / 8][4];
   uint32_t slopes[kStream / 16][4];
   float lse[2], delta[2];
@@ -75,11 +76,18 @@ struct Consumer {
     // K only: what V makes is hidden.
     const int keys = m.planned(own, kKeyCount), behind = keys - m.passing[stage.at()];
     if (behind < kStream && keys < g.fwd.a.S)
-      clear_rows<kStream, W>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
-    ptx::wgmma_fence(x, y, q, dout);
+      clear_rows<kStream, W, C>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
+    if constexpr (kHeld) ptx::wgmma_fence(x, y, q, dout);
+    if constexpr (!kHeld) ptx::wgmma_fence(x, y, q);
     multiply_across<kStream, W, E>(flat(x), q, terms_across(m.stream[0].address(stage.at() * M::kTile)));
     ptx::wgmma_commit();
-    multiply_across<kStream, W, E>(flat(y), dout, terms_across(m.stream[1].address(stage.at() * M::kTile)));
+    const uint64_t values = terms_across(m.stream[1].address(stage.at() * M::kTile));
+    if constexpr (kHeld) {
+      multiply_across<kStream, W, E>(flat(y), dout, values);
+    } else {
+      const int first = own.at() * M::kOwn + which * kGroupRows * kPanel;
+      multiply_across<M::kOwnRows, kStream, W, E>(flat(y), terms_across(m.own[1].address(first)), values);
+    }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>(x, dq);
     if (!first) m.ring.release(stage.before());
@@ -97,6 +105,8 @@ struct Consumer {
     multiply_down<kStream / 16, E>(flat(dq), slopes, terms_down<kStream>(m.stream[0].address(stage.at() * M::kTile)));
     ptx::wgmma_commit();
     stage.step();
+    if constexpr (!kHeld) ptx::wgmma_keep(g.fwd.stuck, q);
+    if constexpr (kHeld) ptx::wgmma_keep(g.fwd.stuck, q, dout);  // stuck, nothing arrives and nobody comes here
   }
 
   // The next tile; false if there is none.
@@ -114,8 +124,8 @@ struct Consumer {
         lse[r] = i < p.L ? g.lse2[rows + i] : infinity();
         delta[r] = i < p.L ? g.delta[rows + i] : 0.0f;
       }
-      load_left<W>(q, m.own[0], own.at() * M::kOwn, group_row());
-      load_left<W>(dout, m.own[1], own.at() * M::kOwn, group_row());
+      load_left<M::kOwnRows, W>(q, m.own[0], own.at() * M::kOwn, group_row());
+      if constexpr (kHeld) load_left<M::kOwnRows, W>(dout, m.own[1], own.at() * M::kOwn, group_row());
       for (int n = 0; n < blocks; ++n) step(n == 0);
       ptx::wgmma_wait<0>(dq);
       m.ring.release(stage.before());
@@ -130,24 +140,24 @@ struct Consumer {
   }
 };
 
-template <class E, int W>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+template <class E, int W, int C>
+__global__ void __launch_bounds__((C + 1) * kGroup, 1)
     attention_hopper_queries_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                     const __grid_constant__ GradientMaps maps,
                                     const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   DeviceArena arena;
-  const GradientMemory<E, W> m = GradientMemory<E, W>::carve(arena);
+  const GradientMemory<E, W, C> m = GradientMemory<E, W, C>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1, 1);
   __syncthreads();
   const int group = int(threadIdx.x) / kGroup;
   if (group == 0) {
-    ptx::setmaxnreg_dec<kBringerRegisters>();
-    if (threadIdx.x == 0 && !g.fwd.stuck) plan<E, W>(g, schedule, m, maps);
+    ptx::setmaxnreg_dec<kBringerRegisters<C>>();
+    if (threadIdx.x == 0 && !g.fwd.stuck) plan<E, W, C>(g, schedule, m, maps);
     if (threadIdx.x / 32 == 1) m.bring_stream(maps, g.fwd.fault);
   } else {
-    ptx::setmaxnreg_inc<kOwnerRegisters>();
-    Consumer<E, W> consumer(g, schedule, m, group - 1);
+    ptx::setmaxnreg_inc<kOwnerRegisters<C>>();
+    Consumer<E, W, C> consumer(g, schedule, m, group - 1);
     while (consumer.run()) {
     }
   }
@@ -162,12 +172,19 @@ std::string attention_hopper_queries(const CudaAttentionGradParams& g, int sm_co
   const AttentionParams& p = g.fwd.a;
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
-  const Schedule schedule = gradient_schedule(p, p.L, p.Hq, section(p) * (p.Hq / p.Hkv));
-  return for_hopper(p, [&](auto e, auto w) {
+  const int64_t group = p.Hq / p.Hkv;
+  const auto start = [&](auto e, auto w, auto c) {
     typedef decltype(e) E;
-    constexpr int W = decltype(w)::value;
-    return launch_gradients<E, W>(&attention_hopper_queries_kernel<E, W>, "attention_hopper_queries", one,
-                                  {&p.q, &g.dout, p.L, p.Hq}, {&p.k, &p.v, p.S, p.Hkv}, schedule, sm_count);
+    constexpr int W = decltype(w)::value, C = decltype(c)::value;
+    const Schedule schedule = schedule_of(p, tiles_of(p.L, C * kGroupRows), p.Hq, section(p) * group, group, sm_count);
+    return launch_gradients<E, W, C>(&attention_hopper_queries_kernel<E, W, C>, "attention_hopper_queries", one,
+                                     {&p.q, &g.dout, p.L, p.Hq}, {&p.k, &p.v, p.S, p.Hkv}, schedule, sm_count);
+  };
+  static const char* const three = getenv("FSQ_TRY_QUERIES");
+  return for_hopper(p, [&](auto e, auto w) {
+    if constexpr (decltype(w)::value == 64)
+      if (three && *three == '3') return start(e, w, std::integral_constant<int, 3>());
+    return start(e, w, std::integral_constant<int, 2>());
   });
 }
 

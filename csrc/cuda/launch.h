@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -42,13 +43,21 @@ struct Launch {
 
 namespace fusedseq {
 
-// The properties of the current device.
+// The properties of the current device, which is asked once: each attribute costs about as much as a launch.
 inline std::string query(Device& device) {
+  static std::mutex guard;
+  static std::map<int, Device> known;
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, device.index);
   };
   int major = 0, minor = 0;
   cudaError_t e = cudaGetDevice(&device.index);
+  const std::lock_guard<std::mutex> lock(guard);
+  const auto found = known.find(device.index);
+  if (!e && found != known.end()) {
+    device = found->second;
+    return "";
+  }
   if (!e) e = get(major, cudaDevAttrComputeCapabilityMajor);
   if (!e) e = get(minor, cudaDevAttrComputeCapabilityMinor);
   if (!e) e = get(device.sm_count, cudaDevAttrMultiProcessorCount);
@@ -56,6 +65,7 @@ inline std::string query(Device& device) {
   if (!e) e = get(device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   device.capability = 10 * major + minor;
   device.max_cluster = device.capability >= 90 ? 16 : 1;
+  if (!e) known[device.index] = device;
   return e ? std::string("cannot query the CUDA device: ") + cudaGetErrorString(e) : std::string();
 }
 

@@ -38,6 +38,17 @@ FSQ_PTX void pin(R& registers) {
   }
 }
 
+// An instruction that reads these registers.
+template <class R>
+FSQ_PTX void touch(const R& registers) {
+  if constexpr (std::is_array_v<R>) {
+#pragma unroll
+    for (int i = 0; i < int(std::extent_v<R>); ++i) touch(registers[i]);
+  } else {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(uint64_t(0)), "r"(registers) : "memory");
+  }
+}
+
 }  // namespace detail
 
 // Orders this thread's accesses to these registers before the wgmma that follow: before the first one, and whenever the
@@ -55,6 +66,14 @@ template <int Pending, class... R>
 FSQ_PTX void wgmma_wait(R&... registers) {
   FSQ_SM90A(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"));
   (detail::pin(registers), ...);
+}
+
+// Keeps registers that hold A from one turn of a loop to the next: a use of them behind everything that the turn
+// issues. nvcc 13.0 else gives them away after their wgmma of the first turn, to the operands of another wgmma of the
+// loop, and the second turn multiplies those. `never` is false where this is called, and the compiler must not know.
+template <class... R>
+FSQ_PTX void wgmma_keep(bool never, const R&... registers) {
+  if (never) (detail::touch(registers), ...);
 }
 
 // The instruction names registers and operands by number: lists of numbers and registers for R accumulators, and one

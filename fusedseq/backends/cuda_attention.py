@@ -50,7 +50,8 @@ def supports(call: AttentionCall) -> str | None:
 
 def _wants_hopper() -> bool:
     """Whether calls go to the kernels for compute capability 9.0 that these take."""
-    return config.settings.cuda_attention == "hopper"
+    asked = config.settings.cuda_attention
+    return asked == "hopper" or (asked is None and cuda_scan._core().device()[0] == 90)
 
 
 def _note(direction: str, name: str, reason: str) -> None:

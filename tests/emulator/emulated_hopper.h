@@ -36,6 +36,10 @@ void wgmma_wait(R&... registers) {
   const emulator::Registers named[] = {detail::all_of(registers)..., {nullptr, 0}};
   emulator::wgmma_wait(Pending, named, int(sizeof...(R)));
 }
+template <class... R>
+void wgmma_keep(bool never, const R&...) {
+  if (never) emulator::trap("wgmma_keep(true)");
+}
 
 template <int R>
 constexpr bool is_wgmma_size = R == 4 || R == 8 || R == 16 || R == 32 || R == 48 || R == 64 || R == 96 || R == 128;
