@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, 3)
           load(memory.dout, g.dout, h, p.Ev, layout.dout, row0, s.q0, s.L);
           load(memory.k, p.k, hkv, p.E, layout.k, key0, s.k0, s.S);
           load(memory.v, p.v, hkv, p.Ev, layout.v, key0, s.k0, s.S);
-          ptx::cp_async_commit();
           memory.rows.fill(g, s, thread, kThreads, query);
+          ptx::cp_async_commit();
           if (p.dropout) memory.kept.fill(random, s, kRows, key0, kKeys, thread, kThreads, query);
           ptx::cp_async_wait<0>();
           __syncthreads();

@@ -4,8 +4,10 @@
 // Keys are the rows of the accumulators, 16 MT to a warp, so that P^T and dS^T are left operands of the next products
 // as they come out of the first two, and nothing but tensors passes through shared memory. Rows come in tiles of
 // `kStream`, the next one while one is worked on.
-#include "cuda/attention_backward.h"
-#include "cuda/attention_gradients.cuh"
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda/attention_backward_keys.cuh"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -20,6 +22,7 @@ template <class E, int W, bool PLAIN>
 struct Keys {
   static constexpr int kWarps = 4, kTiles = W <= 64 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
   static constexpr int kStream = W <= 64 ? 64 : 32;
+  static constexpr bool kHold = W <= 64 && PLAIN;  // whether registers hold a warp's keys and values
   static constexpr int kPart = W <= 64 ? 16 : 32;  // rows of a tile that registers have room for at a time
 
   Operand<E, W> k, v;
@@ -41,34 +44,9 @@ struct Keys {
   }
 };
 
-struct Layout {
-  int64_t tiles, section;
-  bool q, k, v, dout;  // 16-byte rows
-};
-
-// The rows that keys j0 .. j0 + size - 1 of a sequence meet.
-FSQ_DEVICE Range rows_to_meet(const CudaAttentionParams& c, const Sequence& s, int j0, int size, int stream,
-                              bool& global) {
-  const AttentionParams& p = c.a;
-  global = false;
-  if (j0 >= s.S) return {0, 0, 0, 0};
-  Range rows = row_range(p, s, j0, least(j0 + size, s.S) - 1, stream);
-  if (j0 + size > s.S) rows.inner_last = 0;
-  if (c.ranks) {
-    const int32_t* const ranks = c.ranks + s.b * c.ranks_sb + s.k0;
-    global = ranks[least(j0 + size, s.S)] > ranks[j0];
-  }
-  if (global) {
-    const int first = p.causal ? most(j0 - s.diagonal, 0) * heads_of_group(p) / stream * stream : 0;
-    rows.first = rows.last ? least(rows.first, first) : first;
-    rows.last = s.L * heads_of_group(p);
-  }
-  return rows;
-}
-
 template <class E, int W, int SUMS, bool PLAIN>
 __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
-    attention_backward_keys_kernel(const __grid_constant__ CudaAttentionGradParams g, const Layout layout) {
+    attention_backward_keys_kernel(const __grid_constant__ CudaAttentionGradParams g, const KeysLayout layout) {
   typedef Keys<E, W, PLAIN> K;
   constexpr int MT = K::kTiles, NT = K::kPart / 8;
   const AttentionParams& p = g.fwd.a;
@@ -93,16 +71,13 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
   const auto load = [&](int stage, int row0) {
     const int at = stage * K::kStream;
     const auto query = [&](int r) { return Query(p, s, work.hkv, row0 + r); };
-    const auto stream = [&](const Operand<E, W>& o, const Heads& t, int64_t width, bool aligned) {
-      o.load(static_cast<const E*>(t.data) + s.b * t.sb, int(width), aligned, thread, K::kThreads, [&](int r) {
-        const Query q = query(r);
-        return q.real ? q.h * t.sh + int64_t(s.q0 + q.i) * t.sn : int64_t(-1);
-      });
+    const auto stream = [&](const Operand<E, W>& to, const Heads& t, int64_t width, bool aligned) {
+      load_queries<K::kThreads>(to, p, s, work.hkv, row0, t, width, aligned, layout.even, thread);
     };
     stream(memory.q.part(at, K::kStream), p.q, p.E, layout.q);
     stream(memory.dout.part(at, K::kStream), g.dout, p.Ev, layout.dout);
-    ptx::cp_async_commit();
     memory.rows.part(at, K::kStream).fill(g, s, thread, K::kThreads, query);
+    ptx::cp_async_commit();
     if (!PLAIN && p.dropout)
       memory.kept.part(at, K::kStream).fill(random, s, K::kStream, s.k0 + j0, K::kOwn, thread, K::kThreads, query);
   };
@@ -119,7 +94,15 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
   float dk[MT][W / 8][4] = {}, dv[MT][W / 8][4] = {};
 
   int stage = 0;
+  ptx::cp_async_commit();
   if (rows.first < rows.last) load(0, rows.first);
+  LeftRows<MT, W> held_k, held_v;
+  if (K::kHold && rows.first < rows.last) {
+    ptx::cp_async_wait<1>();  // rows may still be under way
+    __syncthreads();
+    held_k.load(memory.k, warp_row);
+    held_v.load(memory.v, warp_row);
+  }
   for (int row0 = rows.first; row0 < rows.last; row0 += K::kStream, stage ^= 1) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there, and nobody reads the other one any more
@@ -135,8 +118,22 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
       const int at = stage * K::kStream + part;
       const Operand<E, W> q = memory.q.part(at, K::kPart), dout = memory.dout.part(at, K::kPart);
       float x[MT][NT][4] = {}, y[MT][NT][4] = {};
-      multiply_rows(x, memory.k, warp_row, q);
-      if constexpr (SUMS & kWithDk) multiply_rows(y, memory.v, warp_row, dout);
+      if constexpr (K::kHold) {
+        multiply_rows(x, held_k, q);
+        multiply_rows(y, held_v, dout);
+      } else {
+        multiply_rows(x, memory.k, warp_row, q);
+        if constexpr (SUMS & kWithDk) multiply_rows(y, memory.v, warp_row, dout);
+      }
+      if (PLAIN && edge) {
+        FSQ_UNROLL
+        for (int n = 0; n < NT; ++n) FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int j = j0 + accumulator_row(warp_row + 16 * m, e / 2), r = at + accumulator_column(n, e);
+          if (!numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false)) x[m][n][e] = -infinity();
+        }
+      }
       FSQ_UNROLL
       for (int n = 0; n < NT; ++n) FSQ_UNROLL
       for (int m = 0; m < MT; ++m) FSQ_UNROLL
@@ -169,8 +166,9 @@ template <class E, int W, int SUMS, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
   typedef Keys<E, W, PLAIN> K;
   const AttentionParams& p = g.fwd.a;
-  const Layout layout{
-      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout)};
+  const KeysLayout layout{
+      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout),
+      even_queries<K::kThreads, W>(p)};
   const int64_t tiles = layout.tiles * (p.cu_k ? 1 : p.B) * p.Hkv;
   if (tiles == 0) return "";
   SharedArena arena;
@@ -197,7 +195,7 @@ int attention_backward_keys_bytes(const AttentionParams& p) {
   return for_heads(p, [&](auto e, auto w) {
     SharedArena arena;
     Keys<decltype(e), decltype(w)::value, false>::carve(arena, p.dropout);
-    return arena.bytes();
+    return most(arena.bytes(), attention_backward_keys_pairs_bytes(p));
   });
 }
 
@@ -205,6 +203,8 @@ std::string attention_backward_keys(const CudaAttentionGradParams& g) {
   return for_heads(g.fwd.a, [&](auto e, auto w) {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
+    const char* const which = getenv("FSQ_TRY_KEYS");
+    if (W > 64 && !(which && !strcmp(which, "one"))) return attention_backward_keys_pairs(g);
     return plain_logits(g.fwd.a) ? launch_all<E, W, true>(g) : launch_all<E, W, false>(g);
   });
 }

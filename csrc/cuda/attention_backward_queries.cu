@@ -15,6 +15,7 @@ template <class E, int W, bool PLAIN>
 struct Queries {
   static constexpr int kWarps = 4, kTiles = W <= 128 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
   static constexpr int kStream = W <= 64 ? 64 : 32;
+  static constexpr bool kHold = W <= 64 && PLAIN;             // whether registers hold a warp's rows of q and dout
   static constexpr int kPart = W == 128 && !PLAIN ? 16 : 32;  // keys of a tile that registers have room for at a time
 
   Operand<E, W> q, dout;
@@ -77,11 +78,15 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   const auto load = [&](int stage) {
     const KeyTile tile = walk.tile;
     const auto stream = [&](const Operand<E, W>& o, const Heads& t, int64_t width, bool aligned) {
-      o.load(static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn, int(width), aligned,
-             thread, Q::kThreads, [&](int r) {
-               const int j = walk.key(far, r);
-               return j < s.S ? j * t.sn : int64_t(-1);
-             });
+      const E* const base = static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
+      if (aligned && !walk.picked())
+        o.template load_even<Q::kThreads>(base, int(width), Q::kThreads / (W / kChunk) * t.sn, s.S - tile.j0, thread,
+                                          [&](int r) { return (tile.j0 + r) * t.sn; });
+      else
+        o.load(base, int(width), aligned, thread, Q::kThreads, [&](int r) {
+          const int j = walk.key(far, r);
+          return j < s.S ? j * t.sn : int64_t(-1);
+        });
     };
     stream(memory.k.part(stage * Q::kStream, Q::kStream), p.k, p.E, layout.k);
     stream(memory.v.part(stage * Q::kStream, Q::kStream), p.v, p.Ev, layout.v);
@@ -98,7 +103,15 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   const GradientNumbers numbers = GradientNumbers::of<!PLAIN>(p, s);
   float dq[MT][W / 8][4] = {}, slopes[MT][2] = {};
   int stage = 0;
+  ptx::cp_async_commit();
   if (!walk.done()) load(0);
+  LeftRows<MT, W> held_q, held_dout;
+  if (Q::kHold && !walk.done()) {
+    ptx::cp_async_wait<1>();  // keys may still be under way
+    __syncthreads();
+    held_q.load(memory.q, warp_row);
+    held_dout.load(memory.dout, warp_row);
+  }
   for (; !walk.done(); stage ^= 1) {
     const KeyTile tile = walk.tile;
     const bool picked = walk.picked();
@@ -119,8 +132,22 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
       const int at = stage * Q::kStream + part;
       const Operand<E, W> k = memory.k.part(at, Q::kPart), v = memory.v.part(at, Q::kPart);
       float x[MT][NT][4] = {}, y[MT][NT][4] = {};
-      multiply_rows(x, memory.q, warp_row, k);
-      multiply_rows(y, memory.dout, warp_row, v);
+      if constexpr (Q::kHold) {
+        multiply_rows(x, held_q, k);
+        multiply_rows(y, held_dout, v);
+      } else {
+        multiply_rows(x, memory.q, warp_row, k);
+        multiply_rows(y, memory.dout, warp_row, v);
+      }
+      if (PLAIN && edge) {
+        FSQ_UNROLL
+        for (int n = 0; n < NT; ++n) FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int r = accumulator_row(warp_row + 16 * m, e / 2), j = tile.j0 + part + accumulator_column(n, e);
+          if (!numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false)) x[m][n][e] = -infinity();
+        }
+      }
       FSQ_UNROLL
       for (int n = 0; n < NT; ++n) FSQ_UNROLL
       for (int m = 0; m < MT; ++m) FSQ_UNROLL

@@ -4,6 +4,8 @@
 // A CTA owns a tile of rows of one pair, each warp 16 MT of them. Of keys and values there is one tile of 64 in shared
 // memory each: values arrive while scores are made, the next keys while values are used. Few rows with many keys
 // (decoding) get CTAs of one warp, and their keys are cut into parts.
+#include <stdlib.h>
+
 #include "cuda/attention.h"
 
 #include "cuda/attention_operand.cuh"
@@ -20,11 +22,14 @@ constexpr int kKeys = 64, kKeyTiles = kKeys / 8;
 template <class E, int W, bool PLAIN, int WARPS, int MT>
 struct Forward {
   static constexpr int kThreads = 32 * WARPS, kRows = 16 * MT * WARPS;
+  // Whether registers hold a warp's queries from the first tile of keys to the last.
+  static constexpr bool kHold = W <= 64;
   // CTAs of an SM, which bounds the registers of a thread.
   static constexpr int kResident = WARPS == 1 ? 8 : WARPS == 8 ? 1 : 2;
 
   struct Memory {
     Operand<E, W> q, k, v;
+    SharedSpan<int> diagonal;  // of each row the key that it is aligned with: what a plain call's masks take
 
     template <class Arena>
     FSQ_BOTH static Memory carve(Arena& arena) {
@@ -32,6 +37,7 @@ struct Forward {
       m.q = Operand<E, W>::carve(arena, kRows);
       m.k = Operand<E, W>::carve(arena, kKeys);
       m.v = Operand<E, W>::carve(arena, kKeys);
+      if (PLAIN) m.diagonal = arena.template take<int>(kRows);
       return m;
     }
   };
@@ -40,16 +46,19 @@ struct Forward {
 struct Layout {
   int64_t tiles, section;
   bool q, kv, out;  // 16-byte rows
+  float slack;      // RowSum::absorb
 };
 
 typedef float Scores[kKeyTiles][4];
 
-// Row r of the products of a tile at key j0: minus infinity where the row does not see the key.
-FSQ_DEVICE void hide(Scores& x, int r, const Query& q, int j0) {
+// Row r of the products of a tile at key j0: minus infinity where the row, aligned with key d, does not see the key.
+FSQ_DEVICE void hide(Scores& x, int r, const Window& window, int d, int j0) {
   FSQ_UNROLL
   for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
-  for (int e = 0; e < 2; ++e)
-    if (!q.sees(j0 + accumulator_column(n, e), false)) x[n][2 * r + e] = -infinity();
+  for (int e = 0; e < 2; ++e) {
+    const int j = j0 + accumulator_column(n, e);
+    if (!window.near(j - d) || !window.has(j)) x[n][2 * r + e] = -infinity();
+  }
 }
 
 // Row r of the products becomes logits, minus infinity where a bit of `seen` is not set.
@@ -109,12 +118,19 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     return q.real ? s.b * p.q.sb + q.h * p.q.sh + int64_t(s.q0 + q.i) * p.q.sn : int64_t(-1);
   };
   memory.q.load(static_cast<const E*>(p.q.data), int(p.E), layout.q, thread, F::kThreads, query_at);
+  if (PLAIN)
+    for (int r = thread; r < F::kRows; r += F::kThreads)
+      memory.diagonal.store(r, Query(p, s, work.hkv, work.first + r).d);
   const auto load = [&](const Operand<E, W>& to, const Heads& t, int64_t width) {
     const E* const base = static_cast<const E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
-    to.load(base, int(width), layout.kv, thread, F::kThreads, [&](int r) {
-      const int j = walk.key(far, r);
-      return j < s.S ? j * t.sn : int64_t(-1);
-    });
+    if (layout.kv && !walk.picked())
+      to.template load_even<F::kThreads>(base, int(width), F::kThreads / (W / kChunk) * t.sn, s.S - walk.tile.j0,
+                                         thread, [&](int r) { return (walk.tile.j0 + r) * t.sn; });
+    else
+      to.load(base, int(width), layout.kv, thread, F::kThreads, [&](int r) {
+        const int j = walk.key(far, r);
+        return j < s.S ? j * t.sn : int64_t(-1);
+      });
     ptx::cp_async_commit();
   };
 
@@ -146,7 +162,14 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     }
   };
   look();
+  ptx::cp_async_commit();
   if (!walk.done()) load(memory.k, p.k, p.E);
+  LeftRows<MT, W> held;
+  if (F::kHold && !walk.done()) {
+    ptx::cp_async_wait<1>();  // keys may still be under way
+    __syncthreads();
+    held.load(memory.q, warp_row);
+  }
 
   while (!walk.done()) {
     ptx::cp_async_wait<0>();
@@ -157,21 +180,38 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
     uint32_t weights[MT][kKeyTiles / 2][4];
     if (busy) {
       float x[MT][kKeyTiles][4] = {};
-      multiply_rows(x, memory.q, warp_row, memory.k);
+      if constexpr (F::kHold)
+        multiply_rows(x, held, memory.k);
+      else
+        multiply_rows(x, memory.q, warp_row, memory.k);
+      if (!PLAIN || !walk.near.whole(tile.j0, kKeys)) {
+        const Window window(p, s);
+        FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const int row = accumulator_row(warp_row + 16 * m, r);
+          if constexpr (PLAIN)
+            hide(x[m], r, window, memory.diagonal[row], tile.j0);
+          else
+            alter(x[m], r, p, s, Query(p, s, work.hkv, work.first + row), far, tile, seen[m][r]);
+        }
+      }
+      float shrink[MT][2];
       FSQ_UNROLL
       for (int m = 0; m < MT; ++m) FSQ_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int row = accumulator_row(warp_first + 16 * m, r);
-        if constexpr (PLAIN) {
-          if (!walk.near.whole(tile.j0, kKeys)) hide(x[m], r, Query(p, s, work.hkv, row), tile.j0);
-        } else {
-          alter(x[m], r, p, s, Query(p, s, work.hkv, row), far, tile, seen[m][r]);
-        }
-        const float shrink = row_sums[m][r].absorb(x[m], r, PLAIN ? scale : 1.0f);
-        FSQ_UNROLL
-        for (int n = 0; n < W / 8; ++n) FSQ_UNROLL
-        for (int e = 0; e < 2; ++e) sums[m][n][2 * r + e] *= shrink;
+        shrink[m][r] = row_sums[m][r].absorb(x[m], r, PLAIN ? scale : 1.0f, layout.slack);
         if (!PLAIN && p.dropout) drop(x[m], r, random_of(c), s, Query(p, s, work.hkv, row), far, tile);
+      }
+      bool shrinks = false;
+      FSQ_UNROLL
+      for (int m = 0; m < MT; ++m) shrinks |= shrink[m][0] != 1 || shrink[m][1] != 1;
+      if (__any_sync(0xffffffffu, shrinks)) {
+        FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int n = 0; n < W / 8; ++n) FSQ_UNROLL
+        for (int e = 0; e < 4; ++e) sums[m][n][e] *= shrink[m][e / 2];
       }
       FSQ_UNROLL
       for (int m = 0; m < MT; ++m) FSQ_UNROLL
@@ -222,13 +262,18 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   }
 }
 
+inline float slack() {
+  const char* const given = getenv("FSQ_TRY_SLACK");
+  return given ? float(atof(given)) : 8.0f;
+}
+
 template <class E, int W, bool PLAIN, int WARPS, int MT>
 std::string launch(const CudaAttentionParams& c) {
   typedef Forward<E, W, PLAIN, WARPS, MT> F;
   const AttentionParams& p = c.a;
   const int64_t G = p.Hq / p.Hkv;
-  const Layout layout{tile_count(p, p.L, G, F::kRows), section(p), aligned(p.q), aligned(p.k) && aligned(p.v),
-                      aligned(p.out)};
+  const Layout layout{tile_count(p, p.L, G, F::kRows), section(p),     aligned(p.q),
+                      aligned(p.k) && aligned(p.v),    aligned(p.out), slack()};
   const int64_t tiles = layout.tiles * (p.cu_q ? 1 : p.B) * p.Hkv;
   if (tiles == 0) return "";
   SharedArena arena;

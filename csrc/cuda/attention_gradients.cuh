@@ -51,15 +51,21 @@ struct RowTable {
     return t;
   }
 
-  // query(r) is the Query of row r.
+  // query(r) is the Query of row r. The numbers arrive by asynchronous copies: the caller commits and waits.
   template <class At>
   FSQ_DEVICE void fill(const CudaAttentionGradParams& g, const Sequence& s, int thread, int threads, At query) const {
     const AttentionParams& p = g.fwd.a;
+    FSQ_UNROLL_BY(1)  // a thread has one row or two
     for (int r = thread; r < rows; r += threads) {
       const Query q = query(r);
       const int64_t at = (s.b * p.Hq + q.h) * p.L + s.q0 + q.i;
-      lse.store(r, q.real ? g.lse2[at] : infinity());
-      delta.store(r, q.real ? g.delta[at] : 0.0f);
+      if (q.real) {
+        ptx::cp_async<4>(lse.address(r), g.lse2 + at);
+        ptx::cp_async<4>(delta.address(r), g.delta + at);
+      } else {
+        lse.store(r, infinity());
+        delta.store(r, 0.0f);
+      }
       diagonal.store(r, q.d);
       if (Full) {
         slope.store(r, p.alibi_slopes ? static_cast<const float*>(p.alibi_slopes)[q.h] : 0.0f);
@@ -128,12 +134,17 @@ struct KeptTable {
   }
 };
 
+// How a row sees the keys of a tile.
+enum class Look {
+  window,  // those near it
+  beyond,  // those picked from the list of global keys that are not near
+  both,    // those near it, and global ones: `global` tells
+};
+
 // The numbers of a call that every element needs.
 struct GradientNumbers {
   float scale, softcap, keep_scale;  // a plain call's scale makes logits in units of ln 2
-  int left;
-  uint32_t window;  // how far from its first key to its last a row's window reaches
-  int keys;
+  Window window;
   bool causal, dropout;
 
   template <bool Full>
@@ -142,23 +153,49 @@ struct GradientNumbers {
     n.scale = float(Full ? p.scale : p.scale * kLog2e);
     n.softcap = float(p.softcap);
     n.keep_scale = float(p.keep_scale);
-    // Positions are below 2^29: a window without a bound reaches everywhere, and no sum overflows.
-    n.left = p.left >= 0 && p.left < kNowhere ? int(p.left) : kNowhere;
-    n.window = uint32_t(n.left) + uint32_t(p.right >= 0 && p.right < kNowhere ? int(p.right) : kNowhere);
-    n.keys = s.S;
+    n.window = Window(p, s);
     n.causal = p.causal != 0;
     n.dropout = p.dropout;
     return n;
   }
-  FSQ_DEVICE bool near(int distance) const { return uint32_t(distance + left) <= window; }
+  FSQ_DEVICE bool sees(int j, int distance, Look look, bool global) const {
+    const bool here = window.near(distance), reach = !causal || distance <= 0;
+    const bool seen = look == Look::window ? here : look == Look::beyond ? !here && reach : here || (global && reach);
+    return seen && window.has(j);
+  }
 };
 
-// How a row sees the keys of a tile.
-enum class Look {
-  window,  // those near it
-  beyond,  // those picked from the list of global keys that are not near
-  both,    // those near it, and global ones: `global` tells
-};
+// One element: the probability of a row's key from its product x, before dropout. `tangent` is the softcap's
+// derivative. A plain call's caller has hidden what is not seen: its x is minus infinity.
+template <bool Full>
+FSQ_DEVICE float weigh(const AttentionParams& p, const GradientNumbers& c, const RowTable<Full>& rows, int r, int j,
+                       Look look, bool global, bool edge, float x, float& tangent) {
+  const float lse = rows.lse[r];
+  tangent = 1.0f;
+  if constexpr (!Full) {
+    return ptx::exp2_approx(fma(x, c.scale, -lse));
+  } else {
+    const int distance = j - rows.diagonal[r];
+    bool seen = !edge || c.sees(j, distance, look, global);
+    if (seen && lse == infinity()) seen = false;  // tables have no such row
+    if (seen && p.dense.data) seen = static_cast<const uint8_t*>(p.dense.data)[rows.dense[r] + j * p.dense.ss] != 0;
+    float l = x * c.scale;
+    if (c.softcap != 0) {
+      const float t = FSQ_ISA::tanh(l / c.softcap);
+      l = t * c.softcap;
+      tangent = fma(-t, t, 1.0f);
+    }
+    if (p.bias.data && seen) l += bias_at(p, rows.bias[r] + j * p.bias.ss);
+    if (p.alibi_slopes) l = fma(-rows.slope[r], ::fabsf(float(distance)), l);
+    return seen ? ptx::exp2_approx(fma(l, float(kLog2e), -lse)) : 0.0f;
+  }
+}
+
+// What dropout leaves of a weight or of its gradient.
+template <bool Full>
+FSQ_DEVICE float dropped(const GradientNumbers& c, bool kept, float x) {
+  return !Full || !c.dropout ? x : kept ? x * c.keep_scale : 0.0f;
+}
 
 // One element: of a row and key, its product x becomes the probability that the output was made of, and y = dout . v
 // the gradient of its logit, with Raw that of the logit itself, else of the product before the softcap (unscaled).
@@ -166,41 +203,12 @@ enum class Look {
 template <bool Full, bool Raw>
 FSQ_DEVICE void gradient(const AttentionParams& p, const GradientNumbers& c, const RowTable<Full>& rows, int r, int j,
                          Look look, bool global, bool edge, bool kept, float& x, float& y, float& slopes) {
-  const float lse = rows.lse[r], delta = rows.delta[r];
-  const int distance = j - rows.diagonal[r];
-  bool seen = true;
-  if (edge) {
-    const bool near = c.near(distance), reach = !c.causal || distance <= 0;
-    seen = look == Look::window ? near : look == Look::beyond ? !near && reach : near || (global && reach);
-    seen = seen && uint32_t(j) < uint32_t(c.keys);
-  }
-  if constexpr (!Full) {
-    const float weight = seen ? ptx::exp2_approx(fma(x, c.scale, -lse)) : 0.0f;
-    x = weight;
-    y = weight * (y - delta);
-  } else {
-    if (seen && lse == infinity()) seen = false;  // tables have no such row
-    if (seen && p.dense.data) seen = static_cast<const uint8_t*>(p.dense.data)[rows.dense[r] + j * p.dense.ss] != 0;
-    float l = x * c.scale, tangent = 1.0f;
-    if (c.softcap != 0) {
-      const float t = FSQ_ISA::tanh(l / c.softcap);
-      l = t * c.softcap;
-      tangent = fma(-t, t, 1.0f);
-    }
-    if (p.bias.data && seen) l += bias_at(p, rows.bias[r] + j * p.bias.ss);
-    const float far = ::fabsf(float(distance));
-    if (p.alibi_slopes) l = fma(-rows.slope[r], far, l);
-    const float weight = seen ? ptx::exp2_approx(fma(l, float(kLog2e), -lse)) : 0.0f;
-    float dp = y;
-    x = weight;
-    if (c.dropout) {
-      x = kept ? weight * c.keep_scale : 0.0f;
-      dp = kept ? dp * c.keep_scale : 0.0f;
-    }
-    const float ds = weight * (dp - delta);
-    if (p.alibi_slopes && seen) slopes = fma(ds, far, slopes);
-    y = Raw ? ds : ds * tangent;
-  }
+  float tangent;
+  const float weight = weigh<Full>(p, c, rows, r, j, look, global, edge, x, tangent);
+  const float ds = weight * (dropped<Full>(c, kept, y) - rows.delta[r]);
+  if (Full && p.alibi_slopes && weight != 0) slopes = fma(ds, ::fabsf(float(j - rows.diagonal[r])), slopes);
+  x = dropped<Full>(c, kept, weight);
+  y = Raw ? ds : ds * tangent;
 }
 
 // Whether the table of booleans lets any of the rows see any of the keys; all threads of the block take part.

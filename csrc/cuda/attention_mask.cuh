@@ -116,6 +116,23 @@ struct Query {
   }
 };
 
+// What all rows of a sequence have in common: how far from the key that a row is aligned with (Query::d) the keys of
+// its window lie.
+struct Window {
+  int left;
+  uint32_t size;  // from the first key to the last
+  int keys;
+
+  FSQ_DEVICE Window() : left(0), size(0), keys(0) {}
+  // Positions are below 2^29: a window without a bound reaches everywhere, and no sum overflows.
+  FSQ_DEVICE Window(const AttentionParams& p, const Sequence& s)
+      : left(p.left >= 0 && p.left < kNowhere ? int(p.left) : kNowhere),
+        size(uint32_t(left) + uint32_t(p.right >= 0 && p.right < kNowhere ? int(p.right) : kNowhere)),
+        keys(s.S) {}
+  FSQ_DEVICE bool near(int distance) const { return uint32_t(distance + left) <= size; }
+  FSQ_DEVICE bool has(int j) const { return uint32_t(j) < uint32_t(keys); }
+};
+
 // Rows [first, last) of keys or queries, of which tiles within [inner_first, inner_last) need no mask. Both inner
 // bounds are multiples of the tile, as is `first`.
 struct Range {

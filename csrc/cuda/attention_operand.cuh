@@ -71,6 +71,7 @@ struct Operand {
       }
       return;
     }
+    FSQ_UNROLL_BY(1)
     for (int n = thread; n < rows * kChunks; n += threads) {
       const int r = n / kChunks, c = n % kChunks * kChunk;
       const int64_t from = at(r);
@@ -83,6 +84,30 @@ struct Operand {
         words[i / 2] |= uint32_t(bits) << (i % 2 * 16);
       }
       data.template store<uint4>(r * kPitch + c, make_uint4(words[0], words[1], words[2], words[3]));
+    }
+  }
+
+  // The same where the rows that a thread copies, every (THREADS / (W / 8))-th, lie `step` elements apart: at(r) is
+  // asked once, for its first. Rows from `count` on are not there. Of rows that begin at 16 bytes only; a tile that is
+  // full costs a copy and an addition for 16 bytes.
+  template <int THREADS, class At>
+  FSQ_DEVICE void load_even(const E* base, int width, int64_t step, int count, int thread, At at) const {
+    constexpr int kChunks = W / kChunk, kStep = THREADS / kChunks;
+    static_assert(THREADS % kChunks == 0, "a thread copies one chunk of its rows");
+    const int r = thread / kChunks, c = thread % kChunks * kChunk;
+    const E* from = base + c;
+    if (r < count) from += at(r);
+    if (width >= W && count >= rows) {
+      FSQ_UNROLL_BY(8)
+      for (int n = 0; n < rows / kStep; ++n, from += step)
+        ptx::cp_async<16>(data.address((r + n * kStep) * kPitch + c), from);
+      return;
+    }
+    const int valid = width < c ? 0 : width - c < kChunk ? width - c : kChunk;
+    FSQ_UNROLL_BY(1)
+    for (int n = 0; n < rows / kStep; ++n, from += step) {
+      const int there = r + n * kStep < count ? valid : 0;
+      ptx::cp_async<16>(data.address((r + n * kStep) * kPitch + c), there ? from : base, there * int(sizeof(E)));
     }
   }
 
@@ -116,23 +141,49 @@ FSQ_DEVICE void multiply_add(float (&d0)[4], float (&d1)[4], const uint32_t (&a)
   ptx::mma_m16n8k16<E>(d1, a, second);
 }
 
-// sums[m][n] += A B^T for MT tiles of 16 rows of `a` from row on and NT tiles of 8 rows of `b` from 0 on, over all W
-// columns.
-template <int MT, int NT, class E, int W>
-FSQ_DEVICE void multiply_rows(float (&sums)[MT][NT][4], const Operand<E, W>& a, int row, const Operand<E, W>& b) {
-  FSQ_UNROLL_BY(2)  // so that no more operands than these wait in registers
-  for (int k = 0; k < W; k += 16) {
-    uint32_t left[MT][4];
+// The A[16, 16] of 16 MT rows of a tile, all W columns, held in registers.
+template <int MT, int W>
+struct LeftRows {
+  uint32_t a[MT][W / 16][4];
+
+  template <class E>
+  FSQ_DEVICE void load(const Operand<E, W>& from, int row) {
     FSQ_UNROLL
-    for (int m = 0; m < MT; ++m) a.left(left[m], row + 16 * m, k);
+    for (int m = 0; m < MT; ++m) FSQ_UNROLL
+    for (int k = 0; k < W / 16; ++k) from.left(a[m][k], row + 16 * m, 16 * k);
+  }
+};
+
+// sums[m][n] += A B^T over W columns for MT tiles of 16 rows and NT tiles of 8 rows of `b` from 0 on; left(m, k, a)
+// loads the A[16, 16] of tile m and columns 16 k.
+template <int MT, int NT, class E, int W, class Left>
+FSQ_DEVICE void multiply_with(float (&sums)[MT][NT][4], const Operand<E, W>& b, Left left) {
+  FSQ_UNROLL
+  for (int k = 0; k < W / 16; ++k) {
+    uint32_t a[MT][4];
+    FSQ_UNROLL
+    for (int m = 0; m < MT; ++m) left(a[m], m, k);
     FSQ_UNROLL
     for (int n = 0; n < NT; n += 2) {
       uint32_t right[4];
-      b.right(right, 8 * n, k);
+      b.right(right, 8 * n, 16 * k);
       FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) multiply_add<E>(sums[m][n], sums[m][n + 1], left[m], right);
+      for (int m = 0; m < MT; ++m) multiply_add<E>(sums[m][n], sums[m][n + 1], a[m], right);
     }
   }
+}
+
+// The same for the rows of `a` from `row` on.
+template <int MT, int NT, class E, int W>
+FSQ_DEVICE void multiply_rows(float (&sums)[MT][NT][4], const Operand<E, W>& a, int row, const Operand<E, W>& b) {
+  multiply_with(sums, b, [&](uint32_t (&left)[4], int m, int k) { a.left(left, row + 16 * m, 16 * k); });
+}
+template <int MT, int NT, class E, int W>
+FSQ_DEVICE void multiply_rows(float (&sums)[MT][NT][4], const LeftRows<MT, W>& a, const Operand<E, W>& b) {
+  multiply_with(sums, b, [&](uint32_t (&left)[4], int m, int k) {
+    FSQ_UNROLL
+    for (int i = 0; i < 4; ++i) left[i] = a.a[m][k][i];
+  });
 }
 
 // Of two neighbouring accumulators, columns 8 n .. 8 n + 15, the A[16, 16] of a product over them.

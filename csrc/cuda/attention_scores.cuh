@@ -142,17 +142,20 @@ FSQ_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// One row of a softmax under way: the largest logit so far and this thread's share of the sum of 2^(logit - top).
+// One row of a softmax under way: the largest logit so far, or one less by up to the slack, and this thread's share of
+// the sum of 2^(logit - top).
 struct RowSum {
   float top, total;
 
-  // Row r of the accumulators s becomes 2^(scale s - top). Returns what sums made before are to be multiplied with.
+  // Row r of the accumulators s becomes 2^(scale s - top). Returns what sums made before are to be multiplied with: 1
+  // as long as no logit is above `top` by more than `slack`, for powers of up to 2^slack are as exact as those up to 1.
   template <int NT>
-  FSQ_DEVICE float absorb(float (&s)[NT][4], int r, float scale) {
+  FSQ_DEVICE float absorb(float (&s)[NT][4], int r, float scale, float slack = 0) {
     float now = -infinity();
     FSQ_UNROLL
     for (int n = 0; n < NT; ++n) now = ::fmaxf(now, ::fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-    now = ::fmaxf(top, row_maximum(now) * scale);
+    now = row_maximum(now) * scale;
+    now = now > top + slack ? now : top;
     const float base = now == -infinity() ? 0.0f : now, shrink = ptx::exp2_approx(top - base);
     float sum = 0;
     FSQ_UNROLL
