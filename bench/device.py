@@ -106,7 +106,7 @@ def device() -> tuple[str, str]:
 
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "triton", "pybind11", "pytest"):
+    for name in ("torch", "triton", "pybind11", "pytest", "xdist"):
         code = f"import {name}; print({name}.__version__)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         found[name] = done.stdout.strip() if done.returncode == 0 else "not installed"
@@ -193,7 +193,12 @@ class Session:
         if shutil.which("pytest") is None and self.report.versions["pytest"] == "not installed":
             return [Part("parity", "skipped", 0.0, "pytest is not installed")]
         tests = [one for kind in self.kinds for one in TESTS[kind]]
-        command = self._python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "cuda or triton")
+        # What Triton compiles for all rows would take half an hour of one core.
+        command = self._python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "cuda or triton", "--pairs"
+        )
+        if self.report.versions["xdist"] != "not installed":
+            command += ["-n", str(min(16, os.cpu_count() or 1))]
         if self.dry_run or not self.capability:
             status, output = run([*command, "--collect-only"], limit, self._environment())
             last = output.strip().splitlines()[-1] if output.strip() else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_gradients import gradients, row_places
+from .attention_gradients import AT_ALL, AT_SOME, HELD, gradients, row_places
 from .attention_mask import (
     ALIBI,
     CAUSAL,
@@ -51,8 +51,8 @@ def _query_tile(dq, slopes, query, dout, lse, delta, key_at, value_at, strides, 
     E, Ev, keys = sizes
     k = load_tile(key_at, j, j0, key_stride, j < keys, pair, E, BE, MODE, FEATURES, PADDED_E & FEATURES)
     v = load_tile(value_at, j, j0, value_stride, j < keys, pair, Ev, BV, MODE, FEATURES, PADDED_EV & FEATURES).to(DOT)
-    _, ds, tangent, distance = gradients(query, dout, k.to(DOT), v, lse, delta, j, j0, row, tables, numbers, random,
-                                         MODE, True, FEATURES, DOT, PRECISION)  # fmt: skip
+    _, ds, tangent, distance = gradients(query, dout, k.to(DOT), v, lse, delta, 0, j, j0, row, tables, numbers, random,
+                                         MODE, True, HELD, FEATURES, DOT, PRECISION)  # fmt: skip
     if ALIBI & FEATURES:
         slopes += tl.sum(ds * distance, 1)
     if SOFTCAP & FEATURES:
@@ -154,23 +154,27 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random, MODE: tl.constexpr,
-              ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
+def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers, random,
+              MODE: tl.constexpr, ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
               DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What a tile of rows adds to dk, unscaled, and dv of a tile of keys."""
     q, dout, lse, delta, _, _, _ = sources
     sqb, sqh, sqn, sgb, sgh, sgn = strides
     E, Ev = sizes[0], sizes[1]
-    b64, h64, i64 = row[6].to(tl.int64), row[5].to(tl.int64), row[4].to(tl.int64)
-    query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, not ALL_ROWS, PADDED_E & FEATURES).to(DOT)
-    upstream = load_rows(dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES)
-    if ALL_ROWS:
-        row_lse, row_delta = tl.load(lse + at), tl.load(delta + at)
+    if TILED & FEATURES:
+        pair = sizes[5]
+        query = q.load([pair[0], pair[1], row0, 0]).reshape(real.shape[0], BE).to(DOT)
+        upstream = dout.load([pair[0], pair[1], row0, 0]).reshape(real.shape[0], BV)
     else:
-        row_lse = tl.load(lse + at, mask=real, other=float("inf"))
-        row_delta = tl.load(delta + at, mask=real, other=0.0)
-    made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, row_lse, row_delta, j, j0, row, tables, numbers,
-                                     random, MODE, False, FEATURES, DOT, PRECISION)  # fmt: skip
+        b64, h64, i64 = row[6].to(tl.int64), row[5].to(tl.int64), row[4].to(tl.int64)
+        query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, not ALL_ROWS, PADDED_E & FEATURES)
+        query = query.to(DOT)
+        upstream = load_rows(
+            dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES
+        )  # fmt: skip
+    made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, lse + at, delta + at, real, j, j0, row, tables,
+                                     numbers, random, MODE, False, AT_ALL if ALL_ROWS else AT_SOME, FEATURES, DOT,
+                                     PRECISION)  # fmt: skip
     if WITH_DV & FEATURES:
         dv = tl.dot(made.to(upstream.dtype).to(DOT), upstream.to(DOT), dv, input_precision=PRECISION)
     if WITH_DK & FEATURES:
@@ -187,7 +191,7 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
     """The same for the rows from row0 on, unless the table hides the keys from all of them."""
     b, hkv, q0, queries, k0, keys, shift = place
     _, _, _, _, slopes, bias, dense = sources
-    _, _, Hq, G, L = sizes
+    _, _, Hq, G, L, _ = sizes
     left, right = options
     real, position, h = rows_from(row0, queries, hkv, G, BM, FEATURES)
     i = q0 + position
@@ -199,10 +203,10 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
     row = (begin, end, reach, d, i, h, b, k0, keys, slope)
     if DENSE & FEATURES:
         if allows(dense_rows[None, :], j[:, None], table_strides[7], keys, MODE):
-            dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
-                               MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+            dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers,
+                               random, MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
     else:
-        dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
+        dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers, random,
                            MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
     return dk, dv
 
@@ -210,7 +214,7 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
 @triton.jit
 def attention_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, bias, dense, slopes, lengths, cu_q, cu_k, positions, ranks,
-    tile_sequence, tile_first, seed_at,
+    tile_sequence, tile_first, seed_at, query_descriptor, upstream_descriptor,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdkb, sdkh, sdkn, sdvb, sdvh, sdvn,
     sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
     positions_stride, ranks_stride, Hq, G, L, S, E, Ev, left, right, scale, raw_scale, softcap, limit, keep_scale,
@@ -239,8 +243,11 @@ def attention_dkv_kernel(
     key = load_rows(k + b64 * skb + head * skh + k64 * skn, j, skn, here, E, BE, True, PADDED_E & FEATURES).to(DOT)
     value = load_rows(v + b64 * svb + head * svh + k64 * svn, j, svn, here, Ev, BV, True, PADDED_EV & FEATURES).to(DOT)
     place = (b, hkv, q0, queries, k0, keys, shift)
-    sources = (q, dout, lse, delta, slopes, bias, dense)
-    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L), (left, right)
+    if TILED & FEATURES:
+        sources = (query_descriptor, upstream_descriptor, lse, delta, slopes, bias, dense)
+    else:
+        sources = (q, dout, lse, delta, slopes, bias, dense)
+    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L, (b, hkv)), (left, right)
     table_strides = (sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds)
     numbers = (scale, softcap, keep_scale)
     random = (tl.load(seed_at) if DROPOUT & FEATURES else 0, limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_gradients import gradients, row_places
+from .attention_gradients import HELD, gradients, row_places
 from .attention_mask import (
     DROPOUT,
     EDGE,
@@ -76,14 +76,14 @@ def _tile(acc, n, h, row_tile, key_tile, sources, places, strides, table_strides
         value = load_rows(value_at, j, svn, here, Ev, BV, True, PADDED_EV & FEATURES).to(DOT)
         row = (begin, end, reach, d, i, heads, b, k0, keys, slope)
         tables = (bias_rows, table_strides[3], dense_rows, table_strides[7])
-        _, ds, _, _ = gradients(query, upstream, key, value, row_lse, row_delta, j, key0, row, tables, numbers,
-                                random, EDGE, True, FEATURES, DOT, PRECISION)  # fmt: skip
+        _, ds, _, _ = gradients(query, upstream, key, value, row_lse, row_delta, 0, j, key0, row, tables, numbers,
+                                random, EDGE, True, HELD, FEATURES, DOT, PRECISION)  # fmt: skip
         acc += ds
         if GLOBAL & FEATURES:
             marked = tl.load(global_keys + b64 * global_stride + k64 + c, mask=here, other=0) != 0
             j = tl.where(marked, j, NOWHERE)
-            _, ds, _, _ = gradients(query, upstream, key, value, row_lse, row_delta, j, key0, row, tables, numbers,
-                                    random, FAR, True, FEATURES, DOT, PRECISION)  # fmt: skip
+            _, ds, _, _ = gradients(query, upstream, key, value, row_lse, row_delta, 0, j, key0, row, tables, numbers,
+                                    random, FAR, True, HELD, FEATURES, DOT, PRECISION)  # fmt: skip
             acc += ds
     return acc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ _HALF = {
     (9, "dq", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     (9, "dq", 256): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (9, "dkv", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
-    (9, "dkv", 128): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (9, "dkv", 128): (Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
     (9, "dkv", 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
     (8, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (8, "forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
@@ -58,6 +59,8 @@ _TILED = {128: Tile(128, 128, 8, 3)}
 # Descriptors end where the tensor does, not where a sequence does; keys that are picked, and tiles that a table may
 # hide, are not in their order.
 _NOT_TILED = bits.LENGTHS.value | bits.PACKED.value | bits.GLOBAL.value | bits.SPLIT.value | bits.DENSE.value
+# Whether dkv's rows come through descriptors: until it has been timed.
+ROWS_TILED = os.environ.get("FSQ_TRY_DKV_TMA") == "1"
 # float32 without TF32 is multiplied outside the tensor cores, with operands in registers.
 _SINGLE = {
     ("forward", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -102,9 +105,14 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
 
 
 def tiled(kernel: str, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> bool:
-    """Whether a kernel ("forward", "dq") reads keys and values through descriptors, if their layout lets it."""
-    # dq of a heavy call has no registers to win by it, and spills.
-    apart = _NOT_TILED | (HEAVY if kernel == "dq" else 0)
+    """Whether a kernel reads through descriptors, if the layout lets it: "forward" and "dq" keys and values, "dkv"
+    queries and the output's gradient."""
+    if kernel == "dkv" and not ROWS_TILED:
+        return False
+    if kernel == "dkv":  # queries of a group take turns; key lengths do not concern them
+        apart = _NOT_TILED & ~bits.LENGTHS.value | bits.GROUPED.value | HEAVY
+    else:  # dq of a heavy call has no registers to win by it, and spills
+        apart = _NOT_TILED | (HEAVY if kernel == "dq" else 0)
     return capability[0] in (9, 10) and dtype != torch.float32 and not features & apart and rows > FEW_ROWS
 
 

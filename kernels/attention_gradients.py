@@ -74,12 +74,31 @@ def keys_by_rows(x, ROWS_FIRST: tl.constexpr):
     return x[:, None] if ROWS_FIRST else x[None, :]
 
 
+# How the values of rows come: as values, or as addresses, of rows that are all there or only some of them.
+HELD = tl.constexpr(0)
+AT_ALL = tl.constexpr(1)
+AT_SOME = tl.constexpr(2)
+
+
 @triton.jit
-def gradients(query, dout, k, v, lse, delta, j, j0, row, tables, numbers, random,
-              MODE: tl.constexpr, ROWS_FIRST: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def of_rows(x, real, other: tl.constexpr, HOW: tl.constexpr):
+    if HOW == HELD:
+        return x
+    elif HOW == AT_ALL:  # noqa: RET505 - only one of them is compiled
+        return tl.load(x)
+    else:
+        return tl.load(x, mask=real, other=other)
+
+
+@triton.jit
+def gradients(query, dout, k, v, lse, delta, real, j, j0, row, tables, numbers, random,
+              MODE: tl.constexpr, ROWS_FIRST: tl.constexpr, HOW: tl.constexpr, FEATURES: tl.constexpr,
+              DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Of rows [M] and keys [N], [M, N] if ROWS_FIRST else [N, M]: the probabilities that the output was made of, the
-    gradients of logits, the derivative of the softcap and the distance from the diagonal."""
+    gradients of logits, the derivative of the softcap and the distance from the diagonal.
+
+    lse and delta are read where they are needed, HOW they come: side by side in a tile they fill many registers.
+    """
     begin, end, reach, d, i, h, b, k0, keys, slope = row
     bias_rows, bias_stride, dense_rows, dense_stride = tables
     scale, softcap, keep_scale = numbers
@@ -100,7 +119,7 @@ def gradients(query, dout, k, v, lse, delta, j, j0, row, tables, numbers, random
     if DENSE & FEATURES:
         allowed = load_table(keys_by_rows(dense_rows, ROWS_FIRST), at, dense_stride, keys, MODE)
         s = tl.where(allowed != 0, s, float("-inf"))
-    p = weight(s - keys_by_rows(lse, ROWS_FIRST), FEATURES)
+    p = weight(s - keys_by_rows(of_rows(lse, real, float("inf"), HOW), ROWS_FIRST), FEATURES)
     if ROWS_FIRST:
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     else:
@@ -112,4 +131,5 @@ def gradients(query, dout, k, v, lse, delta, j, j0, row, tables, numbers, random
             keep = tl.trans(keep)
         made = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return made, p * (dp - keys_by_rows(delta, ROWS_FIRST)), tangent, tl.abs(at - d).to(tl.float32)
+    ds = p * (dp - keys_by_rows(of_rows(delta, real, 0.0, HOW), ROWS_FIRST))
+    return made, ds, tangent, tl.abs(at - d).to(tl.float32)

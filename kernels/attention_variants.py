@@ -87,11 +87,13 @@ def _variant(
     bulk = what.endswith("-tma")
     features |= bits.TILED.value if bulk else 0
     chosen = tile(kernel, width, dtype, tiles_of or divmod(capability, 10), features, rows)
-    descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {chosen.BN}, {width}]>" if bulk else None
+    rows_of = chosen.BM if kernel == "dkv" else chosen.BN
+    descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {rows_of}, {width}]>" if bulk else None
     function = KERNELS[kernel]
     given: dict[str, Any] = {
         "FEATURES": features, "BM": chosen.BM, "BN": chosen.BN, "BE": width, "BV": width, "DOT": TYPES[dtype],
-        "key_descriptor": descriptor, "value_descriptor": descriptor, "PRECISION": "ieee",
+        **dict.fromkeys(("key_descriptor", "value_descriptor", "query_descriptor", "upstream_descriptor"), descriptor),
+        "PRECISION": "ieee",
         "OVER_BATCH": True, "OVER_HEADS": False, "OVER_ROWS": False, "OVER_KEYS": False,
     }  # fmt: skip
     arguments = {name: given[name] if name in given else _argument(name, dtype, features, size)

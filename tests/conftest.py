@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
 from emulated import Cases
+from pairs import covering
 
 try:
     from hypothesis import settings
@@ -31,7 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "last: runs after every other test")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pairs", action="store_true", help="of the rows for Triton's kernels only those of tests/pairs.py"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--pairs"):
+        rows = {item.nodeid for item in items if re.search(r"\[triton-|test_triton_cells.*\[", item.nodeid)}
+        left_out = {one for one in rows if "-f64-" not in one}  # Triton refuses those at once
+        left_out -= covering(left_out)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+        items[:] = [item for item in items if item.nodeid not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 

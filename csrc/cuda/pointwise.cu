@@ -1,9 +1,9 @@
 // The pointwise part of one step, both products of its gates being the caller's: one pass over memory, every operand
 // read once and every result written once.
 //
-// A thread owns N neighbouring units of one row. The wide kernels own 16 bytes of the states' type and move 16 bytes
-// with every access; the launcher chooses them where all rows are dense, aligned and whole numbers of 16 bytes. The
-// others own one unit and take any strides, those of an expanded or a transposed tensor included.
+// A thread owns N neighbouring units of one row. The wide kernels move up to 16 bytes with every access; the launcher
+// chooses them where all rows are dense, aligned and whole numbers of such accesses. The others own one unit and take
+// any strides, those of an expanded or a transposed tensor included.
 //
 // Operands go through GlobalSpan only to be checked under the emulator: no block reads what another writes.
 #include "cuda/element.cuh"
@@ -15,9 +15,12 @@ namespace FSQ_ISA {
 namespace {
 
 constexpr int kThreads = 256;
-// Units of a thread of the wide kernels: 8 of half types, 4 of float32, 2 of float64.
+// Units of a thread of the wide kernels: 16 bytes of the type that is computed in going forward, so that a warp's
+// accesses to the products leave no gaps, and registers for many warps; 16 bytes of the states' type going back.
 template <class E>
-constexpr int kWide = 16 / int(sizeof(E));
+constexpr int kWideForward = 16 / int(sizeof(Compute<E>));
+template <class E>
+constexpr int kWideBackward = 16 / int(sizeof(E));
 template <Cell C>
 constexpr int kSavedOf = saved_values(C);
 
@@ -32,8 +35,9 @@ struct Place {
   FSQ_DEVICE bool inside() const { return row < B && unit < H; }
   template <int N>
   FSQ_DEVICE int64_t at(const Strided& m, int gate) const {
-    const int64_t column = gate * H + unit;
-    return row * m.sb + (N == 1 ? column * m.su : column);
+    // The first term, formed before anything is known of the matrix, serves all of its gates.
+    const int64_t step = N == 1 ? m.su : 1;
+    return (row * m.sb + unit * step) + gate * (H * step);
   }
   // Elements of T from the first to the last one of a matrix of `gates` blocks of H columns.
   template <class T>
@@ -42,12 +46,13 @@ struct Place {
   }
 };
 
-// What one access moves: 16 bytes, or a lone value.
+// What one access moves: 16 bytes, 8 if there are no more, or a lone value.
 template <class T, int N>
 struct Piece {
-  static constexpr int kValues = N == 1 ? 1 : 16 / int(sizeof(T));
+  static constexpr int kBytes = N == 1 ? int(sizeof(T)) : N * int(sizeof(T)) < 16 ? 8 : 16;
+  static constexpr int kValues = kBytes / int(sizeof(T));
   static_assert(N % kValues == 0, "whole accesses");
-  typedef std::conditional_t<N == 1, T, uint4> Raw;
+  typedef std::conditional_t<N == 1, T, std::conditional_t<kBytes == 8, uint2, uint4>> Raw;
   T values[kValues];
 
   FSQ_DEVICE static Piece of(const Raw& raw) {
@@ -59,9 +64,12 @@ struct Piece {
     if constexpr (N == 1) {
       span.store(at, values[0]);
     } else {
-      uint4 raw;
+      Raw raw;
       memcpy(static_cast<void*>(&raw), static_cast<const void*>(values), sizeof raw);
-      span.store_16(at, raw);
+      if constexpr (kBytes == 16)
+        span.store_16(at, raw);
+      else
+        span.store(at, raw);
     }
   }
 };
@@ -70,13 +78,13 @@ struct Piece {
 template <class T, int N>
 FSQ_DEVICE void read(const Place& place, const Strided& m, int gate, int gates, Compute<T> (&x)[N]) {
   typedef Piece<T, N> P;
+  const int64_t at = place.at<N>(m, gate);
   if (!m.data) {
     FSQ_UNROLL
     for (int i = 0; i < N; ++i) x[i] = Compute<T>(0);
     return;
   }
   const GlobalSpan<T> span = place.span<T>(m, gates);
-  const int64_t at = place.at<N>(m, gate);
   FSQ_UNROLL
   for (int i = 0; i < N; i += P::kValues) {
     const P piece = P::of(span.template load<typename P::Raw>(at + i));
@@ -99,26 +107,23 @@ FSQ_DEVICE void write(const Place& place, const Strided& m, int gate, int gates,
   }
 }
 
-// Adds a matrix's units to x.
+// Adds a matrix's units to x, if there is one.
 template <class T, int N>
 FSQ_DEVICE void add(const Place& place, const Strided& m, int gate, int gates, Compute<T> (&x)[N]) {
+  if (!m.data) return;
   Compute<T> more[N];
   read<T>(place, m, gate, gates, more);
   FSQ_UNROLL
   for (int i = 0; i < N; ++i) x[i] += more[i];
 }
 
-// What x gives to a gate, and what h does. gh has `gates` blocks and its bias G, of which that of the gate is `bias`.
+// The biases of a gate, to what x and h give to it. Apart from what loads these: an addition waits for its operands,
+// and with it every load behind it.
 template <class E, int N>
-FSQ_DEVICE void from_x(const CudaCellParams& p, const Place& place, int gate, int G, Compute<E> (&a)[N]) {
-  read<Compute<E>>(place, p.gx, gate, G, a);
-  add<E>(place, p.b_ih, gate, G, a);
-}
-template <class E, int N>
-FSQ_DEVICE void from_h(const CudaCellParams& p, const Place& place, int gate, int gates, int bias, int G,
-                       Compute<E> (&a)[N]) {
-  read<Compute<E>>(place, p.gh, gate, gates, a);
-  add<E>(place, p.b_hh, bias, G, a);
+FSQ_DEVICE void add_biases(const CudaCellParams& p, const Place& place, int gate, int G, Compute<E> (&x)[N],
+                           Compute<E> (&y)[N]) {
+  add<E>(place, p.b_ih, gate, G, x);
+  add<E>(place, p.b_hh, gate, G, y);
 }
 
 template <Cell C, class E, int N>
@@ -136,9 +141,11 @@ __global__ void __launch_bounds__(kThreads) cell_forward(CudaCellParams p) {
       S x[2][N], y[2][N];
       FSQ_UNROLL
       for (int g = 0; g < 2; ++g) {
-        from_x<E>(p, place, g, G, x[g]);
-        from_h<E>(p, place, g, 2, g, G, y[g]);
+        read<S>(place, p.gx, g, G, x[g]);
+        read<S>(place, p.gh, g, 2, y[g]);
       }
+      FSQ_UNROLL
+      for (int g = 0; g < 2; ++g) add_biases<E>(p, place, g, G, x[g], y[g]);
       FSQ_UNROLL
       for (int i = 0; i < N; ++i) {
         x[0][i] = act.gate(x[0][i] + y[0][i]);
@@ -149,9 +156,10 @@ __global__ void __launch_bounds__(kThreads) cell_forward(CudaCellParams p) {
       for (int g = 0; g < 2; ++g) write<S>(place, p.kept, g, kSavedOf<C>, x[g]);
     } else {
       S x[N], y[N], z[N];
-      from_x<E>(p, place, 2, G, x);
-      from_h<E>(p, place, 0, 1, 2, G, y);
+      read<S>(place, p.gx, 2, G, x);
+      read<S>(place, p.gh, 0, 1, y);
       read<S>(place, p.kept, 1, kSavedOf<C>, z);
+      add_biases<E>(p, place, 2, G, x, y);
       FSQ_UNROLL
       for (int i = 0; i < N; ++i) {
         x[i] = act.state(x[i] + y[i]);
@@ -164,11 +172,14 @@ __global__ void __launch_bounds__(kThreads) cell_forward(CudaCellParams p) {
     S x[G][N], y[G][N], before[N];
     FSQ_UNROLL
     for (int g = 0; g < G; ++g) {
-      from_x<E>(p, place, g, G, x[g]);
-      from_h<E>(p, place, g, G, g, G, y[g]);
+      read<S>(place, p.gx, g, G, x[g]);
+      read<S>(place, p.gh, g, G, y[g]);
     }
+    if constexpr (C == Cell::lstm) read<E>(place, p.c, 0, 1, before);
+    if constexpr (C == Cell::gru) read<E>(place, p.h, 0, 1, before);
+    FSQ_UNROLL
+    for (int g = 0; g < G; ++g) add_biases<E>(p, place, g, G, x[g], y[g]);
     if constexpr (C == Cell::lstm) {
-      read<E>(place, p.c, 0, 1, before);
       FSQ_UNROLL
       for (int i = 0; i < N; ++i) {
         const LstmStep<S> step =
@@ -183,7 +194,6 @@ __global__ void __launch_bounds__(kThreads) cell_forward(CudaCellParams p) {
       write<E>(place, p.c_new, 0, 1, before);
       if (p.kept.data) write<S>(place, p.kept, 4, kSavedOf<C>, before);
     } else if constexpr (C == Cell::gru) {
-      read<E>(place, p.h, 0, 1, before);
       FSQ_UNROLL
       for (int i = 0; i < N; ++i) {
         const GruStep<S> step = gru_fwd(x[0][i] + y[0][i], x[1][i] + y[1][i], x[2][i], y[2][i], before[i], act);
@@ -296,24 +306,26 @@ __global__ void __launch_bounds__(kThreads) cell_backward(CudaCellGradParams p) 
   }
 }
 
-// Whether every access to the matrix may move 16 bytes, its elements having `bytes`.
-bool aligned(const Strided& m, int64_t bytes, int64_t rows) {
-  return !m.data ||
-         (m.su == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && (rows == 1 || m.sb * bytes % 16 == 0));
+// Whether every access to the matrix may move the bytes of N elements of T, or 16 if there are more.
+template <class T, int N>
+bool aligned(const Strided& m, int64_t rows) {
+  constexpr int64_t bytes = Piece<T, N>::kBytes;
+  return !m.data || (m.su == 1 && reinterpret_cast<uintptr_t>(m.data) % bytes == 0 &&
+                     (rows == 1 || m.sb * sizeof(T) % bytes == 0));
 }
 
-template <class E>
+template <class E, int N>
 bool fits_wide(const CudaCellParams& p) {
-  bool fits = p.H % kWide<E> == 0;
-  for (const Strided& m : {p.gx, p.gh, p.kept}) fits &= aligned(m, sizeof(Compute<E>), p.B);
-  for (const Strided& m : {p.b_ih, p.b_hh, p.h, p.c, p.h_new, p.c_new}) fits &= aligned(m, sizeof(E), p.B);
+  bool fits = p.H % N == 0;
+  for (const Strided& m : {p.gx, p.gh, p.kept}) fits &= aligned<Compute<E>, N>(m, p.B);
+  for (const Strided& m : {p.b_ih, p.b_hh, p.h, p.c, p.h_new, p.c_new}) fits &= aligned<E, N>(m, p.B);
   return fits;
 }
-template <class E>
+template <class E, int N>
 bool fits_wide(const CudaCellGradParams& p) {
-  bool fits = p.H % kWide<E> == 0;
-  for (const Strided& m : {p.kept, p.y, p.drh, p.dh_past}) fits &= aligned(m, sizeof(Compute<E>), p.B);
-  for (const Strided& m : {p.h, p.c, p.dh, p.dc, p.dgates, p.dinner, p.dc_past}) fits &= aligned(m, sizeof(E), p.B);
+  bool fits = p.H % N == 0;
+  for (const Strided& m : {p.kept, p.y, p.drh, p.dh_past}) fits &= aligned<Compute<E>, N>(m, p.B);
+  for (const Strided& m : {p.h, p.c, p.dh, p.dc, p.dgates, p.dinner, p.dc_past}) fits &= aligned<E, N>(m, p.B);
   return fits;
 }
 
@@ -338,10 +350,11 @@ std::string cuda_cell_forward(const CudaCellParams& p, bool& wide) {
   using namespace FSQ_ISA;
   return for_element(p.dtype, [&](auto e) {
     typedef decltype(e) E;
-    wide = fits_wide<E>(p);
+    constexpr int N = kWideForward<E>;
+    wide = fits_wide<E, N>(p);
     return for_cell(p.cell, [&](auto c) {
       constexpr Cell C = decltype(c)::value;
-      return wide ? launch("cell_forward", &cell_forward<C, E, kWide<E>>, p, kWide<E>)
+      return wide ? launch("cell_forward", &cell_forward<C, E, N>, p, N)
                   : launch("cell_forward", &cell_forward<C, E, 1>, p, 1);
     });
   });
@@ -351,10 +364,11 @@ std::string cuda_cell_backward(const CudaCellGradParams& p, bool& wide) {
   using namespace FSQ_ISA;
   return for_element(p.dtype, [&](auto e) {
     typedef decltype(e) E;
-    wide = fits_wide<E>(p);
+    constexpr int N = kWideBackward<E>;
+    wide = fits_wide<E, N>(p);
     return for_cell(p.cell, [&](auto c) {
       constexpr Cell C = decltype(c)::value;
-      return wide ? launch("cell_backward", &cell_backward<C, E, kWide<E>>, p, kWide<E>)
+      return wide ? launch("cell_backward", &cell_backward<C, E, N>, p, N)
                   : launch("cell_backward", &cell_backward<C, E, 1>, p, 1);
     });
   });

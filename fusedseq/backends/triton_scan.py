@@ -15,6 +15,7 @@ from torch import Tensor
 from fusedseq.backends.one_step import cells
 from fusedseq.backends.reference import as_told, reserve_like
 from fusedseq.backends.triton_device import capability, on_device
+from fusedseq.backends.triton_launch import Repeated
 from fusedseq.backends.triton_layout import Layout
 from fusedseq.backends.triton_tuning import choose
 from fusedseq.kernels import scan_backward as backward_kernels
@@ -108,6 +109,13 @@ def _constants(p: Plan, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _steps(
+    kernel: Any, blocks: Sequence[int], others: tuple[int, int], args: tuple[Any, ...], options: dict[str, Any]
+) -> list[Repeated]:
+    """The phases of a step, each with its number of blocks."""
+    return [Repeated(kernel, (n, *others), args, {**options, "PHASE": phase}) for phase, n in enumerate(blocks)]
+
+
 def _chosen(
     what: tuple[object, ...], cell: str, w: _Weights, D: int, lay: Layout, x: Tensor, run: Callable[[Plan], object]
 ) -> Plan:
@@ -183,10 +191,11 @@ def scan_forward(
             if p.kind == "streamed":
                 forward_kernels.streamed_forward[(tiles, D)](*args, **common)
             else:
+                blocks = [-(-(R if phase else H) // p.BN) for phase in range(phases)]
+                steps = _steps(forward_kernels.step_forward, blocks, (tiles, D), args, common)
                 for s in range(T):
-                    for phase in range(phases):
-                        blocks = -(-(R if phase else H) // p.BN)
-                        forward_kernels.step_forward[(blocks, tiles, D)](s, *args, PHASE=phase, **common)
+                    for step in steps:
+                        step(s)
             return states[T % 2], c
 
         h_n, c = run(_chosen(("forward", int(save), cells), cell, table[0], D, lay, x, run))
@@ -334,10 +343,11 @@ def scan_backward(
             if p.kind == "streamed":
                 backward_kernels.streamed_backward[(tiles, D)](*args, **common)
             else:
+                blocks = [-(-(H if phase else R) // p.BN) for phase in range(phases)]
+                steps = _steps(backward_kernels.step_backward, blocks, (tiles, D), args, common)
                 for s in range(T - 1, -2, -1):
-                    for phase in range(phases if s >= 0 else 1):
-                        blocks = -(-(H if phase else R) // p.BN)
-                        backward_kernels.step_backward[(blocks, tiles, D)](s, *args, PHASE=phase, **common)
+                    for step in steps if s >= 0 else steps[:1]:
+                        step(s)
             return dh, dc
 
         given = tuple(t is not None for t in (dy, dc_all, before))
