@@ -121,6 +121,12 @@ def test_scales_that_turn_or_level_the_order_of_logits(scale: float) -> None:
     right("B1H2L70S90E16-causal", scale=scale)
 
 
+@pytest.mark.parametrize("text", ["B1H2L40S300E16", "B1H2L70S90E128-bias", "B1H2L20S130E160-lse"])
+def test_maxima_that_rise_by_much_and_by_little(text: str) -> None:
+    for scale in (0.4, 4.0):  # most rises leave earlier sums as they are, or most make them smaller
+        right(text, scale=scale)
+
+
 @pytest.mark.parametrize("extra", ["", "-softcap"])
 @pytest.mark.parametrize(("left", "right"), [(30, -1), (-1, 30), (70, 80)])
 def test_windows_over_several_tiles(left: int, right: int, extra: str) -> None:
