@@ -9,13 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_gradients import AT_ALL, AT_SOME, HELD, gradients, row_places
+from .attention_gradients import AT_ALL, AT_SOME, HELD, gradients, of_rows, row_places
 from .attention_mask import (
     ALIBI,
     CAUSAL,
     DENSE,
     DROPOUT,
     EDGE,
+    EXACT,
     FAR,
     GLOBAL,
     INNER,
@@ -172,9 +173,13 @@ def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row,
         upstream = load_rows(
             dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES
         )  # fmt: skip
-    made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, lse + at, delta + at, real, j, j0, row, tables,
-                                     numbers, random, MODE, False, AT_ALL if ALL_ROWS else AT_SOME, FEATURES, DOT,
-                                     PRECISION)  # fmt: skip
+    LATER: tl.constexpr = AT_ALL if ALL_ROWS else AT_SOME
+    HOW: tl.constexpr = HELD if EXACT & FEATURES else LATER
+    row_lse, row_delta = lse + at, delta + at
+    if HOW == HELD:  # products outside the tensor cores leave no registers for addresses meanwhile
+        row_lse, row_delta = of_rows(row_lse, real, float("inf"), LATER), of_rows(row_delta, real, 0.0, LATER)
+    made, ds, tangent, _ = gradients(query, upstream.to(DOT), k, v, row_lse, row_delta, real, j, j0, row, tables,
+                                     numbers, random, MODE, False, HOW, FEATURES, DOT, PRECISION)  # fmt: skip
     if WITH_DV & FEATURES:
         dv = tl.dot(made.to(upstream.dtype).to(DOT), upstream.to(DOT), dv, input_precision=PRECISION)
     if WITH_DK & FEATURES:
