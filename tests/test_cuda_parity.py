@@ -6,6 +6,7 @@ with a GPU tests/test_parity.py runs the same cases on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from fusedseq.ops.attention import run as attention
 from fusedseq.testing import DTYPES, Case, baseline, check, evaluate, recurrent_tf32
 from fusedseq.testing.attention_cases import AttentionCase, attention_cases
 from fusedseq.testing.attention_compare import check_attention
-from fusedseq.testing.cases import CELLS, compact_cases, short
+from fusedseq.testing.cases import CELLS, GATES, compact_cases, short
 
 BY_DEFAULT = cuda_scan.tf32(torch.float32)  # before a test sets anything
 HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
@@ -91,6 +92,16 @@ def test_step(case: Case, dtype: torch.dtype, tier: Any) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype"), COMPACT)
+def test_step_with_products_by_torch(
+    case: Case, dtype: torch.dtype, tier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As steps with many weights have them."""
+    tier("step")
+    monkeypatch.setattr(cuda_scan, "LIBRARY", 0)
+    run(case, dtype, seed=1)
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMPACT)
 def test_the_tier_that_a_large_device_chooses(case: Case, dtype: torch.dtype) -> None:
     fits = dtype != torch.float64 and not case.proj
     with cuda_emulated.device():
@@ -139,8 +150,7 @@ def test_tf32_of_a_projection() -> None:
 @pytest.mark.parametrize("name", TIERS)
 def test_tf32_rounds_what_the_setting_allows_and_nothing_else(name: str, tier: Any) -> None:
     tier(name)
-    # In tier step torch forms the first product, by its own settings.
-    case = Case.parse("gru_reset_before" if name == "step" else "lstm", "T3B9I3H40-bi-lengths0")
+    case = Case.parse("lstm", "T3B9I3H40-bi-lengths0")
     outcomes = {}
     for allowed in (False, True):
         with cuda_emulated.device(), recurrent_tf32(allowed):
@@ -222,6 +232,53 @@ def test_weights_in_registers(
             chosen = planned(case, dtype, backward)
             assert chosen.holding and chosen.rows == 8 and chosen.ranks >= ranks
     run(case, dtype, seed=ranks, cluster=largest, sms=16)
+
+
+PACKED = ("T3B5I2H100-bi-lengths0-resets", "T4B11I3H85-bi-packed", "T3B20I2H70-resets-cells", "T2B3I2H33-nostate")
+
+
+def smallest(case: Case, dtype: torch.dtype, backward: bool) -> int:
+    """KiB of shared memory of the smallest device that takes the scan in tier grid."""
+    for size in range(1, 64):
+        with cuda_emulated.device(sms=9, shared=size * 1024), contextlib.suppress(RuntimeError):
+            planned(case, dtype, backward)
+            return size
+    raise AssertionError(f"{case} fits into no device")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("text", PACKED)
+def test_weights_packed_in_global_memory(text: str, cell: str, dtype: torch.dtype, tier: Any) -> None:
+    """On a device too small for them: of forward or of backward, whichever needs more room, and mostly of both."""
+    tier("grid")
+    case = Case.parse(cell, text)
+    shared = max(smallest(case, dtype, backward) for backward in (False, True)) * 1024
+    with cuda_emulated.device(sms=9, shared=shared):
+        plans = [planned(case, dtype, backward) for backward in (False, True)]
+    assert any(one.packed for one in plans) or GATES[cell] == 1  # a small panel may always fit
+    run(case, dtype, seed=len(text), sms=9, shared=shared)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_weights_give_the_bits_of_those_in_shared_memory(cell: str, tier: Any) -> None:
+    """The same tiles in the same order, from elsewhere."""
+    tier("grid")
+    case = Case.parse(cell, "T4B7I3H40-bi-lengths0-resets")
+    inputs = baseline(case, torch.bfloat16).inputs
+    found: dict[tuple[int, int], dict[bool, Any]] = {}  # by rows and units, then by whether weights are packed
+    for shared in range(smallest(case, torch.bfloat16, False), 64):
+        with cuda_emulated.device(1, sms=9, shared=shared * 1024), torch.no_grad():
+            chosen = planned(case, torch.bfloat16)
+            outcomes = found.setdefault((chosen.rows, chosen.units), {})
+            if (chosen.packed > 0) not in outcomes:
+                arguments = (inputs.x, inputs.h0, inputs.c0, inputs.weights)
+                outcomes[chosen.packed > 0] = scan(cell, *arguments, **inputs.keywords())
+    both = [outcomes for outcomes in found.values() if len(outcomes) == 2]
+    assert both or GATES[cell] == 1
+    for outcomes in both:
+        for one, two in zip(outcomes[False], outcomes[True], strict=True):
+            assert one is two is None or torch.equal(one, two)
 
 
 def test_registers_make_room_for_more_units(tier: Any) -> None:

@@ -39,7 +39,13 @@ double step_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan,
   const double held = side * plan.units * (most < terms ? most : terms);
   const double weights = double(gates) * plan.units * plan.ranks * plan.units;
   const double state = plan.units / 16 * plan.rows * terms * (before ? 1.5 : 1);
-  const double read = (single ? 4 : 2) * (weights - held + state) / 128;
+  const double through = (single ? 4 : 2) * state / 128;
+  // Packed weights come through L2 at every step, some 25 bytes a clock for each SM, from memory if they are many.
+  const double unique = 2.0 * gates * plan.ranks * plan.units * plan.ranks * plan.units * double(p.D);
+  const double rate_of_weights = !plan.packed ? 128 : unique < 40e6 ? 25 : 16;
+  // So does the state of all ranks in tier grid.
+  const double filled = plan.tier == CudaTier::grid ? (single ? 4 : 2) * plan.rows * terms / 25 : 0;
+  const double read = through + filled + (single ? 4 : 2) * (weights - held) / rate_of_weights;
   const double rate = !single ? 1300 : p.tf32 ? 650 : 128, multiplied = weights * plan.rows / rate;
   return turns * (exchange_clocks(plan.tier, plan.ranks) + (read > multiplied ? read : multiplied));
 }
@@ -73,9 +79,13 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
     one.warps = warps_for(one.units);
     one.ranks = int((p.H + one.units - 1) / one.units);
     if (one.ranks != ranks || one.warps > Wide::kWarps) continue;
-    for (int shape : {0, 1, 2}) {
-      one.rows = shape == 0 ? 16 : 8;
+    // Rows of a tile; weights in shared memory, of which a part may be in registers, or packed.
+    for (int shape : {0, 1, 2, 3, 4}) {
+      one.rows = shape % 3 ? 8 : 16;
       one.holding = shape == 2;
+      one.packed = shape > 2;
+      one.workspace = 0;
+      if (one.packed && (tier != CudaTier::grid || p.dtype == DType::f32)) continue;
       if (one.rows == 16 && p.B <= 8) continue;
       const int elements = one.holding ? Holding::kElements : Wide::kElements;
       if (one.rows * one.units > 32 * one.warps * elements) continue;

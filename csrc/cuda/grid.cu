@@ -1,10 +1,25 @@
 // Tier `grid`: as many CTAs as the device holds share the weights of a direction; the state goes through global memory.
+// Weights that do not fit into their shared memory are packed once and read at every step.
 #include "cuda/persistent.cuh"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 
 namespace {
+
+// The weights as every step reads them, before the scan that does.
+template <Cell C, class E, bool BACKWARD>
+std::string pack(const CudaScanParams& p, const CudaPlan& plan) {
+  if constexpr (sizeof(E) == 2) {
+    if (plan.packed) {
+      const int64_t count = PackedPanels<C>(plan, BACKWARD).all(p.D * plan.ranks), blocks = (count + 255) / 256;
+      Launch launch("pack_weights", describe(p), dim3(unsigned(blocks < 4096 ? blocks : 4096)), dim3(256));
+      launch.stream = static_cast<cudaStream_t>(p.stream);
+      return run(&pack_weights<C, E, BACKWARD>, launch, p, plan, count);
+    }
+  }
+  return "";
+}
 
 // As many groups at a time as are resident together.
 template <class F>
@@ -26,7 +41,7 @@ int grid_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
   });
 }
 
-int64_t grid_workspace(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
+int64_t grid_workspace(const CudaScanParams& p, CudaPlan& plan, bool backward) {
   return for_persistent(p, [&](auto c, auto e) {
     constexpr Cell C = decltype(c)::value;
     typedef decltype(e) E;
@@ -39,12 +54,17 @@ int64_t grid_workspace(const CudaScanParams& p, const CudaPlan& plan, bool backw
       const auto m = ForwardMemory<C, E, GridChannel, Wide>::carve(arena, plan);
       bytes = m.h.bytes() + (m.kTwo ? m.rh.bytes() : 0);
     }
-    return groups_of(p, plan) * bytes;
+    const int64_t exchanged = groups_of(p, plan) * bytes;
+    if (!plan.packed) return exchanged;
+    plan.packed = (exchanged + 255) / 256 * 256;
+    return plan.packed + PackedPanels<C>(plan, backward).all(p.D * plan.ranks) * int64_t(sizeof(uint4));
   });
 }
 
 std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan) {
   return for_persistent(p, [&](auto c, auto e) {
+    const std::string error = pack<decltype(c)::value, decltype(e), false>(p, plan);
+    if (!error.empty()) return error;
     return in_turns("grid_forward", p, plan, [&](const Launch& launch, const CudaPlan& part) {
       return run(&persistent_forward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
     });
@@ -53,6 +73,8 @@ std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan) {
 
 std::string grid_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
   return for_persistent(p.fwd, [&](auto c, auto e) {
+    const std::string error = pack<decltype(c)::value, decltype(e), true>(p.fwd, plan);
+    if (!error.empty()) return error;
     return in_turns("grid_backward", p.fwd, plan, [&](const Launch& launch, const CudaPlan& part) {
       return run(&persistent_backward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
     });

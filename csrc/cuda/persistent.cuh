@@ -35,6 +35,50 @@ FSQ_DEVICE void give_up(const CudaScanParams& p) {
   __trap();
 }
 
+// Packed panels in the workspace: those of the first product, [D][ranks], then those of the second.
+template <Cell C>
+struct PackedPanels {
+  static constexpr int kSecond = C == Cell::gru_reset_before ? 1 : 0;
+  int64_t first, second;  // elements of a panel, 0 where there is no second
+
+  FSQ_BOTH PackedPanels(const CudaPlan& plan, bool backward) {
+    const int terms = plan.ranks * plan.units;
+    first = backward ? Packed<1>::size(plan.units, kFed<C> * terms) : Packed<kFirst<C>>::size(plan.units, terms);
+    second = kSecond * Packed<1>::size(plan.units, terms);
+  }
+  FSQ_BOTH int64_t all(int64_t panels) const { return panels * (first + second); }
+};
+template <int N>
+FSQ_DEVICE Packed<N> packed_panel(const CudaScanParams& p, const CudaPlan& plan, const Owner& owner, int64_t before,
+                                  int64_t size) {
+  if (!plan.packed) return {nullptr};
+  const uint4* const all = reinterpret_cast<const uint4*>(static_cast<const char*>(p.workspace) + plan.packed);
+  return {all + before * p.D * plan.ranks + (owner.d * plan.ranks + owner.rank) * size};
+}
+
+template <Cell C, class E, bool BACKWARD>
+__global__ void __launch_bounds__(256)
+    pack_weights(const __grid_constant__ CudaScanParams p, const __grid_constant__ CudaPlan plan, int64_t count) {
+  const PackedPanels<C> panels(plan, BACKWARD);
+  const int64_t whole = panels.all(1), terms = int64_t(plan.ranks) * plan.units;
+  uint4* const all = reinterpret_cast<uint4*>(static_cast<char*>(p.workspace) + plan.packed);
+  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256) {
+    // The panels of both products of an owner one after the other; in memory all of the first come before the others.
+    const int64_t panel = i / whole, at = i % whole;
+    const Owner owner{panel / plan.ranks, int(panel % plan.ranks), plan.units};
+    const bool second = at >= panels.first;
+    const int64_t into = second ? panels.first * p.D * plan.ranks + panel * panels.second + at - panels.first
+                                : panel * panels.first + at;
+    if (second)
+      all[into] = BACKWARD ? pack_fragment<E, 1>(at - panels.first, int(terms), WeightColumns<E>{p, owner, 2, 1})
+                           : pack_fragment<E, 1>(at - panels.first, int(terms), WeightRows<E>{p, owner, 2});
+    else if constexpr (BACKWARD)
+      all[into] = pack_fragment<E, 1>(at, int(terms) * kFed<C>, WeightColumns<E>{p, owner, 0, kFed<C>});
+    else
+      all[into] = pack_fragment<E, kFirst<C>>(at, int(terms), WeightRows<E>{p, owner, 0});
+  }
+}
+
 template <Cell C, class E, template <class> class Channel, class Shape>
 struct ForwardMemory {
   static constexpr bool kTwo = C == Cell::gru_reset_before;
@@ -46,9 +90,9 @@ struct ForwardMemory {
   FSQ_BOTH static ForwardMemory carve(Arena& arena, const CudaPlan& plan) {
     ForwardMemory m;
     const int terms = plan.ranks * plan.units;
-    const int held = kHeldTiles<Shape, kFirst<C>> * parts_of(plan) * kTermTile;
+    const int held = plan.packed ? terms : kHeldTiles<Shape, kFirst<C>> * parts_of(plan) * kTermTile;
     m.w = Panel<E>::carve(arena, kFirst<C>, plan.units, terms, held);
-    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms);
+    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, plan.packed ? terms : 0);
     m.h = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     if (kTwo) m.rh = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), kFirst<C>, plan.rows, plan.units);
@@ -104,6 +148,8 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   if constexpr (Memory::kTwo) m.rh.begin(share.rank);
 
   const Task first(m.w, m.h.slices, parts);
+  const PackedPanels<C> panels(plan, false);
+  const auto packed = packed_panel<kFirst<C>>(p, plan, share, 0, panels.first);
   const auto total = [&](int gate, int n) {
     float sum = 0;
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, gate, share.row_of(n), share.unit)];
@@ -112,7 +158,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   for (int64_t i = 0; i < steps; ++i) {
     const int now = int(i & 1), turn = int(i);
     bool arrived = i == 0 || m.h.wait(turn - 1);
-    if (arrived) multiply<kFirst<C>, kRows>(first, m.w, held, m.h.slices, now, parts, m.sums);
+    if (arrived) multiply<kFirst<C>, kRows>(first, m.w, held, packed, m.h.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(p);
     if constexpr (Memory::kTwo) {
       FSQ_UNROLL
@@ -125,7 +171,9 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       m.rh.publish(share.rank, turn);
       arrived = m.rh.wait(turn);
       if (arrived)
-        multiply<1, kRows>(Task(m.w_n, m.rh.slices, parts), m.w_n, Held<1, 0>(), m.rh.slices, 1 - now, parts, m.sums);
+        multiply<1, kRows>(Task(m.w_n, m.rh.slices, parts), m.w_n, Held<1, 0>(),
+                           packed_panel<1>(p, plan, share, panels.first, panels.second), m.rh.slices, 1 - now, parts,
+                           m.sums);
       if (__syncthreads_or(!arrived)) give_up(p);
     }
     FSQ_UNROLL
@@ -180,9 +228,10 @@ struct BackwardMemory {
   template <class Arena>
   FSQ_BOTH static BackwardMemory carve(Arena& arena, const CudaPlan& plan) {
     BackwardMemory m;
-    const int held = kHeldTiles<Shape, 1> * parts_of(plan) * kTermTile;
-    m.w = Panel<E>::carve(arena, 1, plan.units, plan.ranks * kFed<C> * plan.units, held);
-    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, plan.ranks * plan.units);
+    const int terms = plan.ranks * plan.units;
+    const int held = plan.packed ? kFed<C> * terms : kHeldTiles<Shape, 1> * parts_of(plan) * kTermTile;
+    m.w = Panel<E>::carve(arena, 1, plan.units, kFed<C> * terms, held);
+    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, plan.packed ? terms : 0);
     m.fed = Channel<E>::carve(arena, plan.ranks, plan.rows, kFed<C> * plan.units);
     if (kTwo) m.dn = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), 1, plan.rows, plan.units);
@@ -228,6 +277,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   if constexpr (Memory::kTwo) m.dn.begin(share.rank);
 
   const Task first(m.w, m.fed.slices, parts);
+  const PackedPanels<C> panels(plan, true);
+  const auto packed = packed_panel<1>(f, plan, share, 0, panels.first);
   const auto total = [&](int n) {
     float sum = 0;
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, 0, share.row_of(n), share.unit)];
@@ -237,7 +288,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
   for (int turn = 0; turn <= steps; ++turn) {
     const int now = turn & 1;
     bool arrived = turn == 0 || m.fed.wait(turn - 1);
-    if (arrived) multiply<1, kRows>(first, m.w, held, m.fed.slices, now, parts, m.sums);
+    if (arrived) multiply<1, kRows>(first, m.w, held, packed, m.fed.slices, now, parts, m.sums);
     if (__syncthreads_or(!arrived)) give_up(f);
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
@@ -260,7 +311,9 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       m.dn.publish(share.rank, turn);
       arrived = m.dn.wait(turn);
       if (arrived)
-        multiply<1, kRows>(Task(m.w_n, m.dn.slices, parts), m.w_n, Held<1, 0>(), m.dn.slices, 1 - now, parts, m.sums);
+        multiply<1, kRows>(Task(m.w_n, m.dn.slices, parts), m.w_n, Held<1, 0>(),
+                           packed_panel<1>(f, plan, share, panels.first, panels.second), m.dn.slices, 1 - now, parts,
+                           m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {

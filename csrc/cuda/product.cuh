@@ -105,6 +105,30 @@ struct Held<N, 0> {
   FSQ_DEVICE void load(const Panel<E>&, int, const Weight&) {}
 };
 
+// Weights in global memory, of a panel that fits nowhere else: read at every step, through L2, as A of mma.sync, one
+// access of 16 bytes for a lane: [tiles of units][tiles of terms][N][32 lanes]. Null where the panel has them.
+template <int N>
+struct Packed {
+  const uint4* data;
+
+  FSQ_BOTH static int64_t size(int units, int terms) { return int64_t(units / kUnitTile) * (terms / kTermTile) * N * 32; }
+};
+
+// What the lane of element i of a packed panel holds. weight(g, u, k): an element of the panel, zero beyond the terms.
+template <class E, int N, class Weight>
+FSQ_DEVICE uint4 pack_fragment(int64_t i, int terms, const Weight& weight) {
+  const int lane = int(i % 32), g = int(i / 32 % N), tile = int(i / 32 / N % (terms / kTermTile));
+  const int unit = int(i / 32 / N / (terms / kTermTile)) * kUnitTile + lane / 4, k = tile * kTermTile + lane % 4 * 2;
+  uint32_t a[4];
+  FSQ_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int u = unit + j % 2 * 8, kk = k + j / 2 * 8;
+    const E pair[2] = {weight(g, u, kk), weight(g, u, kk + 1)};
+    memcpy(&a[j], pair, 4);
+  }
+  return {a[0], a[1], a[2], a[3]};
+}
+
 // Sums in shared memory: [parts][gates][rows][units + 1].
 struct Sums {
   SharedSpan<float> data;
@@ -221,8 +245,8 @@ template <int N, class E>
 constexpr int kChains = std::is_same_v<E, float> || N > 2 ? 1 : 4 / N;
 
 template <int N, int Tiles, class E, int HeldTiles>
-FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Slices<E>& v,
-                              int which, int parts, const Sums& sums) {
+FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held,
+                              const Packed<N>& packed, const Slices<E>& v, int which, int parts, const Sums& sums) {
   constexpr int kSums = kChains<N, E>;
   constexpr uint32_t kBytes = sizeof(E);
   const int lane = int(threadIdx.x) % 32;
@@ -250,7 +274,33 @@ FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N,
       left -= HeldTiles;
       k0 += HeldTiles * parts * kTermTile;
     }
-    if (left > 0) {
+    if (sizeof(E) == 2 && packed.data) {
+      // Loads for as many tiles as there are registers for are under way together.
+      constexpr int kDeep = N > 2 ? 2 : 8 / N;
+      const int hop = parts * N * 32;
+      const uint4* from =
+          packed.data + (int64_t(task.tile) * (w.terms / kTermTile) + task.part) * N * 32 + lane;
+      for (; left > 0; left -= kDeep, from += kDeep * hop) {
+        uint4 a[kDeep][N];
+        FSQ_UNROLL
+        for (int c = 0; c < kDeep; ++c)
+          if (c < left) FSQ_UNROLL
+        for (int g = 0; g < N; ++g) a[c][g] = from[c * hop + g * 32];
+        FSQ_UNROLL
+        for (int c = 0; c < kDeep; ++c) {
+          if (c >= left) continue;
+          uint32_t b[Tiles][2];
+          load_state<Tiles, E>(state + uint32_t(walk.at) * kBytes, b);
+          FSQ_UNROLL
+          for (int g = 0; g < N; ++g) {
+            const uint32_t fragment[4] = {a[c][g].x, a[c][g].y, a[c][g].z, a[c][g].w};
+            FSQ_UNROLL
+            for (int n = 0; n < Tiles; ++n) multiply_add<E>(acc[c % kSums][g][n], fragment, b[n]);
+          }
+          walk.advance(task);
+        }
+      }
+    } else if (left > 0) {
       const uint32_t gate = uint32_t(w.units * w.pitch()) * kBytes, hop = uint32_t(parts * kTermTile) * kBytes;
       uint32_t from = w.data.address(w.at(task.tile * kUnitTile + lane % 16, k0 + lane / 16 * kVector<E>));
       const auto one = [&](auto& into) {
@@ -280,12 +330,12 @@ FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N,
 
 // By all warps of the block: the sums of buffer `which`. A barrier must follow before they are read.
 template <int N, int Rows, class E, int HeldTiles>
-FSQ_DEVICE void multiply(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Slices<E>& v,
-                         int which, int parts, const Sums& sums) {
+FSQ_DEVICE void multiply(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Packed<N>& packed,
+                         const Slices<E>& v, int which, int parts, const Sums& sums) {
   if (Rows > kRowTile && v.rows > kRowTile)
-    multiply_rows<N, Rows / kRowTile>(task, w, held, v, which, parts, sums);
+    multiply_rows<N, Rows / kRowTile>(task, w, held, packed, v, which, parts, sums);
   else
-    multiply_rows<N, 1>(task, w, held, v, which, parts, sums);
+    multiply_rows<N, 1>(task, w, held, packed, v, which, parts, sums);
 }
 
 }  // namespace FSQ_ISA

@@ -97,7 +97,8 @@ int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cluster_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 int grid_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
-int64_t grid_workspace(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+// A plan that has weights packed is told where.
+int64_t grid_workspace(const CudaScanParams& p, CudaPlan& plan, bool backward);
 std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string grid_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 

@@ -12,18 +12,23 @@ FSQ_BOTH int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) {
   return (p.B + plan.rows - 1) / plan.rows * p.D;
 }
 
+// Whose weights: those of a rank's units, in one direction.
+struct Owner {
+  int64_t d;
+  int rank, units;
+};
+
 // Which rows and units a CTA and a thread own. A block has a whole number of threads for each unit, so that a thread
 // stays with one unit: its n-th element is `step` rows below the one before.
-struct Share {
-  int rank, units, rows;
+struct Share : Owner {
+  int rows;
   int unit, row, step;  // of this thread: its unit within the rank, the first of its rows within the tile
   int mine;             // elements of this thread
-  int64_t d, b0, group, groups;
+  int64_t b0, group, groups;
 
-  FSQ_DEVICE Share(const CudaScanParams& p, const CudaPlan& plan, int rank) : rank(rank) {
+  FSQ_DEVICE Share(const CudaScanParams& p, const CudaPlan& plan, int own) : Owner{0, own, plan.units} {
     group = plan.first + blockIdx.x / plan.ranks;
     groups = groups_of(p, plan);
-    units = plan.units;
     rows = plan.rows;
     d = group % p.D;
     b0 = group / p.D * rows;
@@ -50,12 +55,12 @@ struct Share {
 template <class E>
 struct WeightRows {
   const CudaScanParams& p;
-  const Share& share;
+  Owner owner;
   int first;
 
   FSQ_DEVICE E operator()(int g, int u, int k) const {
-    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[share.d]);
-    const int64_t unit = int64_t(share.rank) * share.units + u, gate = first + g;
+    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[owner.d]);
+    const int64_t unit = int64_t(owner.rank) * owner.units + u, gate = first + g;
     return unit < p.H && k < p.H ? operand<E>(w[(gate * p.H + unit) * p.R + k]) : narrow<E>(0);
   }
   // What of the panel is not held.
@@ -72,14 +77,14 @@ struct WeightRows {
 template <class E>
 struct WeightColumns {
   const CudaScanParams& p;
-  const Share& share;
+  Owner owner;
   int first, gates;
 
   FSQ_DEVICE E operator()(int, int u, int k) const {
-    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[share.d]);
-    const int units = share.units, width = gates * units;
+    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[owner.d]);
+    const int units = owner.units, width = gates * units;
     const int64_t gate = first + k % width / units, row = int64_t(k / width) * units + k % units;
-    const int64_t unit = int64_t(share.rank) * units + u;
+    const int64_t unit = int64_t(owner.rank) * units + u;
     return unit < p.H && row < p.H ? operand<E>(w[(gate * p.H + row) * p.R + unit]) : narrow<E>(0);
   }
   FSQ_DEVICE void load(const Panel<E>& panel) const {

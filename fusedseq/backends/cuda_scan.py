@@ -23,6 +23,9 @@ from fusedseq.backends.reference import Save, reserve_like
 
 _HALF = (torch.bfloat16, torch.float16)
 _WORKSPACE_UNIT = 256
+# Weights of a direction from which on tier step has torch's library form its products: a call of it costs some 90 us on
+# the host, the kernel's own product as much with so many weights.
+LIBRARY = 2**21
 
 
 def _core() -> Any:
@@ -204,7 +207,7 @@ def _product_of_steps(
     weights: W_hh [G*H, R] of each direction.
     """
     single = weights[0].dtype == torch.float32
-    if core.tiers[chosen.tier] != "step" or cell == "gru_reset_before":
+    if core.tiers[chosen.tier] != "step" or cell == "gru_reset_before" or weights[0].numel() < LIBRARY:
         return None
     if single and not rounded and weights[0].is_cuda and torch.backends.cuda.matmul.allow_tf32:
         return None  # torch would round what must not be rounded

@@ -138,6 +138,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("holding", &CudaPlan::holding)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
+      .def_readonly("packed", &CudaPlan::packed)
       .def_readonly("second_fed", &CudaPlan::second_fed)
       .def_readonly("zeroed", &CudaPlan::zeroed)
       .def_readonly("together", &CudaPlan::together)
