@@ -86,7 +86,7 @@ def kernels(call: Any, most: int = 3) -> list[str]:
         call()
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return [f"{event.key} x{event.count}" for event in events[:most]]
+    return [f"{event.key} x{event.count}, {event.device_time_total:.1f} us" for event in events[:most]]
 
 
 def copying(case: Case) -> float | None:

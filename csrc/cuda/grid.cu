@@ -7,18 +7,27 @@ namespace FSQ_ISA {
 
 namespace {
 
+// f(c, e, shape)
+template <class F>
+auto for_grid(const CudaScanParams& p, const CudaPlan& plan, F f) {
+  return for_persistent(p, [&](auto c, auto e) {
+    if constexpr (sizeof(e) == 2)
+      if (plan.packed) return f(c, e, Streaming());
+    return f(c, e, Wide());
+  });
+}
+
 // The weights as every step reads them, before the scan that does.
-template <Cell C, class E, bool BACKWARD>
+template <Cell C, class E, class Shape, bool BACKWARD>
 std::string pack(const CudaScanParams& p, const CudaPlan& plan) {
-  if constexpr (sizeof(E) == 2) {
-    if (plan.packed) {
-      const int64_t count = PackedPanels<C>(plan, BACKWARD).all(p.D * plan.ranks), blocks = (count + 255) / 256;
-      Launch launch("pack_weights", describe(p), dim3(unsigned(blocks < 4096 ? blocks : 4096)), dim3(256));
-      launch.stream = static_cast<cudaStream_t>(p.stream);
-      return run(&pack_weights<C, E, BACKWARD>, launch, p, plan, count);
-    }
+  if constexpr (Shape::kPacked) {
+    const int64_t count = PackedPanels<C>(plan, BACKWARD).all(p.D * plan.ranks), blocks = (count + 255) / 256;
+    Launch launch("pack_weights", describe(p), dim3(unsigned(blocks < 4096 ? blocks : 4096)), dim3(256));
+    launch.stream = static_cast<cudaStream_t>(p.stream);
+    return run(&pack_weights<C, E, BACKWARD>, launch, p, plan, count);
+  } else {
+    return std::string();
   }
-  return "";
 }
 
 // As many groups at a time as are resident together.
@@ -36,8 +45,8 @@ std::string in_turns(const char* name, const CudaScanParams& p, CudaPlan plan, F
 }  // namespace
 
 int grid_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
-  return for_persistent(p, [&](auto c, auto e) {
-    return persistent_bytes<decltype(c)::value, decltype(e), GridChannel, Wide>(plan, backward);
+  return for_grid(p, plan, [&](auto c, auto e, auto shape) {
+    return persistent_bytes<decltype(c)::value, decltype(e), GridChannel, decltype(shape)>(plan, backward);
   });
 }
 
@@ -62,21 +71,27 @@ int64_t grid_workspace(const CudaScanParams& p, CudaPlan& plan, bool backward) {
 }
 
 std::string grid_forward(const CudaScanParams& p, const CudaPlan& plan) {
-  return for_persistent(p, [&](auto c, auto e) {
-    const std::string error = pack<decltype(c)::value, decltype(e), false>(p, plan);
+  return for_grid(p, plan, [&](auto c, auto e, auto s) {
+    constexpr Cell C = decltype(c)::value;
+    typedef decltype(e) E;
+    typedef decltype(s) Shape;
+    const std::string error = pack<C, E, Shape, false>(p, plan);
     if (!error.empty()) return error;
     return in_turns("grid_forward", p, plan, [&](const Launch& launch, const CudaPlan& part) {
-      return run(&persistent_forward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
+      return run(&persistent_forward<C, E, GridChannel, Shape>, launch, p, part);
     });
   });
 }
 
 std::string grid_backward(const CudaScanGradParams& p, const CudaPlan& plan) {
-  return for_persistent(p.fwd, [&](auto c, auto e) {
-    const std::string error = pack<decltype(c)::value, decltype(e), true>(p.fwd, plan);
+  return for_grid(p.fwd, plan, [&](auto c, auto e, auto s) {
+    constexpr Cell C = decltype(c)::value;
+    typedef decltype(e) E;
+    typedef decltype(s) Shape;
+    const std::string error = pack<C, E, Shape, true>(p.fwd, plan);
     if (!error.empty()) return error;
     return in_turns("grid_backward", p.fwd, plan, [&](const Launch& launch, const CudaPlan& part) {
-      return run(&persistent_backward<decltype(c)::value, decltype(e), GridChannel, Wide>, launch, p, part);
+      return run(&persistent_backward<C, E, GridChannel, Shape>, launch, p, part);
     });
   });
 }

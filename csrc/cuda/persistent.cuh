@@ -48,12 +48,15 @@ struct PackedPanels {
   }
   FSQ_BOTH int64_t all(int64_t panels) const { return panels * (first + second); }
 };
-template <int N>
-FSQ_DEVICE Packed<N> packed_panel(const CudaScanParams& p, const CudaPlan& plan, const Owner& owner, int64_t before,
-                                  int64_t size) {
-  if (!plan.packed) return {nullptr};
-  const uint4* const all = reinterpret_cast<const uint4*>(static_cast<const char*>(p.workspace) + plan.packed);
-  return {all + before * p.D * plan.ranks + (owner.d * plan.ranks + owner.rank) * size};
+template <class Shape, int N>
+FSQ_DEVICE auto packed_panel(const CudaScanParams& p, const CudaPlan& plan, const Owner& owner, int64_t before,
+                             int64_t size) {
+  if constexpr (Shape::kPacked) {
+    const uint4* const all = reinterpret_cast<const uint4*>(static_cast<const char*>(p.workspace) + plan.packed);
+    return Packed<N>{all + before * p.D * plan.ranks + (owner.d * plan.ranks + owner.rank) * size};
+  } else {
+    return Unpacked();
+  }
 }
 
 template <Cell C, class E, bool BACKWARD>
@@ -90,9 +93,9 @@ struct ForwardMemory {
   FSQ_BOTH static ForwardMemory carve(Arena& arena, const CudaPlan& plan) {
     ForwardMemory m;
     const int terms = plan.ranks * plan.units;
-    const int held = plan.packed ? terms : kHeldTiles<Shape, kFirst<C>> * parts_of(plan) * kTermTile;
+    const int held = Shape::kPacked ? terms : kHeldTiles<Shape, kFirst<C>> * parts_of(plan) * kTermTile;
     m.w = Panel<E>::carve(arena, kFirst<C>, plan.units, terms, held);
-    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, plan.packed ? terms : 0);
+    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, Shape::kPacked ? terms : 0);
     m.h = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     if (kTwo) m.rh = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), kFirst<C>, plan.rows, plan.units);
@@ -149,7 +152,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
 
   const Task first(m.w, m.h.slices, parts);
   const PackedPanels<C> panels(plan, false);
-  const auto packed = packed_panel<kFirst<C>>(p, plan, share, 0, panels.first);
+  const auto packed = packed_panel<Shape, kFirst<C>>(p, plan, share, 0, panels.first);
   const auto total = [&](int gate, int n) {
     float sum = 0;
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, gate, share.row_of(n), share.unit)];
@@ -172,7 +175,7 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       arrived = m.rh.wait(turn);
       if (arrived)
         multiply<1, kRows>(Task(m.w_n, m.rh.slices, parts), m.w_n, Held<1, 0>(),
-                           packed_panel<1>(p, plan, share, panels.first, panels.second), m.rh.slices, 1 - now, parts,
+                           packed_panel<Shape, 1>(p, plan, share, panels.first, panels.second), m.rh.slices, 1 - now, parts,
                            m.sums);
       if (__syncthreads_or(!arrived)) give_up(p);
     }
@@ -229,9 +232,9 @@ struct BackwardMemory {
   FSQ_BOTH static BackwardMemory carve(Arena& arena, const CudaPlan& plan) {
     BackwardMemory m;
     const int terms = plan.ranks * plan.units;
-    const int held = plan.packed ? kFed<C> * terms : kHeldTiles<Shape, 1> * parts_of(plan) * kTermTile;
+    const int held = Shape::kPacked ? kFed<C> * terms : kHeldTiles<Shape, 1> * parts_of(plan) * kTermTile;
     m.w = Panel<E>::carve(arena, 1, plan.units, kFed<C> * terms, held);
-    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, plan.packed ? terms : 0);
+    if (kTwo) m.w_n = Panel<E>::carve(arena, 1, plan.units, terms, Shape::kPacked ? terms : 0);
     m.fed = Channel<E>::carve(arena, plan.ranks, plan.rows, kFed<C> * plan.units);
     if (kTwo) m.dn = Channel<E>::carve(arena, plan.ranks, plan.rows, plan.units);
     m.sums = Sums::carve(arena, parts_of(plan), 1, plan.rows, plan.units);
@@ -278,7 +281,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
 
   const Task first(m.w, m.fed.slices, parts);
   const PackedPanels<C> panels(plan, true);
-  const auto packed = packed_panel<1>(f, plan, share, 0, panels.first);
+  const auto packed = packed_panel<Shape, 1>(f, plan, share, 0, panels.first);
   const auto total = [&](int n) {
     float sum = 0;
     for (int part = 0; part < parts; ++part) sum += m.sums.data[m.sums.at(part, 0, share.row_of(n), share.unit)];
@@ -312,7 +315,7 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       arrived = m.dn.wait(turn);
       if (arrived)
         multiply<1, kRows>(Task(m.w_n, m.dn.slices, parts), m.w_n, Held<1, 0>(),
-                           packed_panel<1>(f, plan, share, panels.first, panels.second), m.dn.slices, 1 - now, parts,
+                           packed_panel<Shape, 1>(f, plan, share, panels.first, panels.second), m.dn.slices, 1 - now, parts,
                            m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL

@@ -106,12 +106,18 @@ struct Held<N, 0> {
 };
 
 // Weights in global memory, of a panel that fits nowhere else: read at every step, through L2, as A of mma.sync, one
-// access of 16 bytes for a lane: [tiles of units][tiles of terms][N][32 lanes]. Null where the panel has them.
+// access of 16 bytes for a lane: [tiles of units][tiles of terms][N][32 lanes].
 template <int N>
 struct Packed {
+  static constexpr bool kThere = true;
   const uint4* data;
 
   FSQ_BOTH static int64_t size(int units, int terms) { return int64_t(units / kUnitTile) * (terms / kTermTile) * N * 32; }
+};
+
+// Where a panel has all that registers do not hold.
+struct Unpacked {
+  static constexpr bool kThere = false;
 };
 
 // What the lane of element i of a packed panel holds. weight(g, u, k): an element of the panel, zero beyond the terms.
@@ -244,9 +250,9 @@ FSQ_DEVICE void multiply_tile_exactly(const Panel<float>& w, const Slices<float>
 template <int N, class E>
 constexpr int kChains = std::is_same_v<E, float> || N > 2 ? 1 : 4 / N;
 
-template <int N, int Tiles, class E, int HeldTiles>
+template <int N, int Tiles, class E, int HeldTiles, class Packing>
 FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held,
-                              const Packed<N>& packed, const Slices<E>& v, int which, int parts, const Sums& sums) {
+                              const Packing& packed, const Slices<E>& v, int which, int parts, const Sums& sums) {
   constexpr int kSums = kChains<N, E>;
   constexpr uint32_t kBytes = sizeof(E);
   const int lane = int(threadIdx.x) % 32;
@@ -274,7 +280,7 @@ FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N,
       left -= HeldTiles;
       k0 += HeldTiles * parts * kTermTile;
     }
-    if (sizeof(E) == 2 && packed.data) {
+    if constexpr (Packing::kThere) {
       // Loads for as many tiles as there are registers for are under way together.
       constexpr int kDeep = N > 2 ? 2 : 8 / N;
       const int hop = parts * N * 32;
@@ -329,8 +335,8 @@ FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N,
 }
 
 // By all warps of the block: the sums of buffer `which`. A barrier must follow before they are read.
-template <int N, int Rows, class E, int HeldTiles>
-FSQ_DEVICE void multiply(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Packed<N>& packed,
+template <int N, int Rows, class E, int HeldTiles, class Packing>
+FSQ_DEVICE void multiply(const Task& task, const Panel<E>& w, const Held<N, HeldTiles>& held, const Packing& packed,
                          const Slices<E>& v, int which, int parts, const Sums& sums) {
   if (Rows > kRowTile && v.rows > kRowTile)
     multiply_rows<N, Rows / kRowTile>(task, w, held, packed, v, which, parts, sums);

@@ -19,14 +19,22 @@ namespace FSQ_ISA {
 // Warps that share a tile of 16 units and split its terms.
 inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / 16); }
 
-// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, and registers of a thread for weights.
+// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, registers of a thread for weights, and whether
+// these are packed in global memory.
 struct Wide {
   static constexpr int kWarps = 12, kRows = 16, kElements = 4, kHeld = 0;
+  static constexpr bool kPacked = false;
+};
+// Loads under way take registers, so it has fewer threads.
+struct Streaming {
+  static constexpr int kWarps = 8, kRows = 16, kElements = 4, kHeld = 0;
+  static constexpr bool kPacked = true;
 };
 // 256 threads have 255 registers each. All else needs about 160 of them, so 88 hold weights: of an LSTM's 4 gates by 5
 // tiles of 16 terms.
 struct Holding {
   static constexpr int kWarps = 8, kRows = 8, kElements = 2, kHeld = 88;
+  static constexpr bool kPacked = false;
 };
 // Tiles of 16 terms that a warp of this shape holds of a panel with so many gates.
 template <class Shape, int Gates>
