@@ -19,10 +19,12 @@ from fusedseq.testing.attention_cases import AttentionCase, make_attention
 from fusedseq.testing.attention_compare import attention_baseline, judge_attention
 from fusedseq.testing.cases import short
 
-# Tiles of 128 queries and 128 keys: one, several, ends within them; every structure that the kernel takes.
+# Tiles of 192 or (E = 128) 128 queries, and 128 keys: one, several, ends within them; every structure that the kernel
+# takes.
 TAKEN = """
 B1H1L1S1E64
-B1H1L128S128E64
+B1H1L192S128E64
+B1H1L128S128E128
 B2H1L65S300E64-lse
 B1H2L130S257E128-lse
 B1H2L300S300E64-causal-lse

@@ -21,11 +21,12 @@ from fusedseq.testing.attention_cases import AttentionCase, make_attention
 from fusedseq.testing.attention_compare import compare_with, evaluate_attention, judge_attention
 from fusedseq.testing.cases import short
 
-# Tiles of 128 are owned and tiles of 64 go past, for keys and for queries: one, several, ends within them; every
-# structure that the kernels take.
+# Tiles of 128 keys, and of 192 or (E = 128) 128 queries, are owned and tiles of 64 go past: one, several, ends within
+# them; every structure that the kernels take.
 TAKEN = """
 B1H1L1S1E64
-B1H1L128S128E64
+B1H1L192S128E64
+B1H1L128S128E128
 B2H1L65S300E64-lse
 B1H2L130S257E128-lse
 B1H2L300S260E64-causal-lse

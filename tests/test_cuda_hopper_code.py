@@ -12,11 +12,7 @@ from test_cuda_resources import disassembler
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-# Consumers, and registers after setmaxnreg, of the producer and each of them.
-TWO, THREE, BACKWARD = (2, 40, 232), (3, 32, 160), (2, 24, 240)
-
-
-Kernels = dict[tuple[int, int, bool], list[str]]  # of a head size, a number of consumers and a variant
+Kernels = dict[int, list[str]]  # of a head size, one for each dtype
 
 
 def compiled(name: str, tmp: Path) -> tuple[str, Kernels]:
@@ -29,28 +25,27 @@ def compiled(name: str, tmp: Path) -> tuple[str, Kernels]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = subprocess.run([disassembler(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    kernels: dict[tuple[int, int], list[str]] = {}
+    kernels: Kernels = {}
     for kernel in text.split("Function :")[1:]:
         function, code = kernel.split("\n", 1)
-        consumers = 3 if "ELi3E" in function else 2
-        kernels.setdefault((64 if "Li64E" in function else 128, consumers, "ELb1E" in function), []).append(code)
-    assert all(len(both) == 2 for both in kernels.values())  # dtypes
+        kernels.setdefault(64 if "Li64E" in function else 128, []).append(code)
+    assert {width: len(both) for width, both in kernels.items()} == {64: 2, 128: 2}
     return done.stdout + done.stderr, kernels
 
 
-def check_registers(report: str, kernels: Kernels, *teams: tuple[int, int, int]) -> None:
+def check_registers(report: str, kernels: Kernels, consumers: dict[int, int], two: tuple[int, int]) -> None:
+    """`consumers` of each head size; `two`: registers after setmaxnreg of the producer and of each of two consumers."""
     # C7510 to C7519: products serialised.
     assert "Potential Performance Loss" not in report and "warpgroup.wait is injected" not in report, report
     assert "setmaxnreg" not in report, report
-    variants = sum(map(len, kernels.values()))
-    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * variants
-    budgets = {consumers: registers for consumers, *registers in teams}
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * 4
     first = {2: 168, 3: 128}  # what 384 and 512 threads begin with
-    used = sorted(str(first[consumers]) for _, consumers, _ in kernels for _ in range(2))
+    used = sorted(str(first[consumers[width]]) for width in kernels for _ in range(2))
     assert sorted(re.findall(r"Used (\d+) registers", report)) == used
-    for (_, consumers, _), code in ((key, code) for key, some in kernels.items() for code in some):
-        producer, consumer = budgets[consumers]
-        assert producer + consumers * consumer <= (consumers + 1) * first[consumers]
+    for width, code in ((width, code) for width, both in kernels.items() for code in both):
+        team = consumers[width]
+        producer, consumer = two if team == 2 else (32, 160)
+        assert producer + team * consumer <= (team + 1) * first[team]
         assert f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumer:#x}" in code
         parts = code.split(f"USETMAXREG.DEALLOC.CTAPOOL {producer:#x}")
         assert len(parts) == 2
@@ -131,10 +126,9 @@ def waits(code: str, pending: int) -> int:
 
 def test_forward(tmp_path: Path) -> None:
     report, kernels = compiled("attention_hopper", tmp_path)
-    check_registers(report, kernels, TWO, THREE)
-    assert set(kernels) == {(64, 2, False), (64, 3, False), (128, 2, False)}
-    for (width, _, _), some in kernels.items():
-        for code in some:
+    check_registers(report, kernels, {64: 3, 128: 2}, (40, 232))
+    for width, both in kernels.items():
+        for code in both:
             assert code.count("UTMALDG.4D") >= 3 * width // 64  # Q, K, V in panels of 64 columns
             # Weights in registers, values read along their rows; in the loop and after it.
             assert products(code, f"64x{width}{IN_REGISTERS}\\.tnspB") == 2 * 128 // 16
@@ -147,16 +141,13 @@ def test_forward(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["keys", "queries"])
 def test_backward(which: str, tmp_path: Path) -> None:
     report, kernels = compiled(f"attention_hopper_{which}", tmp_path)
-    check_registers(report, kernels, BACKWARD, THREE)
-    another = (64, 2, True) if which == "keys" else (64, 3, False)
-    assert set(kernels) == {(64, 2, False), another, (128, 2, False)}
-    for (width, consumers, _), some in kernels.items():
-        for code in some:
+    check_registers(report, kernels, {64: 2 if which == "keys" else 3, 128: 2}, (24, 240))
+    for width, both in kernels.items():
+        for code in both:
             assert code.count("UTMALDG.4D") == 4 * width // 64  # two tensors that are owned, two that go past
-            # Of S and dP those whose left operand is held in registers.
-            held = 1 if consumers == 3 else 2 if which == "queries" or width == 64 else 0
-            both = 2 * width // 16  # products of S and of dP
-            assert products(code, f"64x64{IN_REGISTERS}, R") + products(code, f"64x64{IN_MEMORY}") >= both
+            # Of S and dP those whose left operand is held in registers: K and V, or Q and dO, or Q alone.
+            held = {("keys", 64): 2, ("keys", 128): 0, ("queries", 64): 1, ("queries", 128): 2}[which, width]
+            assert products(code, f"64x64{IN_REGISTERS}, R") + products(code, f"64x64{IN_MEMORY}") >= 2 * width // 16
             assert products(code, f"64x64{IN_MEMORY}") == (2 - held) * width // 16
             # P^T and dS^T, or dS, in registers; Q and dO, or K, read along their rows.
             sums = 2 if which == "keys" else 1

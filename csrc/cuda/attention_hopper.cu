@@ -1,9 +1,9 @@
 // Attention's forward pass for Hopper: the online softmax of attention_forward.cu around wgmma and tensor copies, after
 // FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608).
 //
-// A tile has 128 queries of one head. A consumer issues the scores of the next keys before it adds the values of the
-// last ones, so that its exponentials run beside both; and the consumers take turns in issuing, so that one's products
-// run while the other is at its exponentials.
+// A tile has 128 queries of one head, or 192 where heads have 64 elements. A consumer issues the scores of the next
+// keys before it adds the values of the last ones, so that its exponentials run beside both; and the consumers take
+// turns in issuing, so that one's products run while the other is at its exponentials.
 //
 // Values past the length of a sequence that is shorter than the tensor are set to 0 before they are used, since 0 times
 // NaN is NaN.
@@ -15,17 +15,19 @@ namespace FSQ_ISA {
 namespace {
 
 constexpr int kKeys = 128, kStages = 2;
-// C consumers, and what 65536 registers leave for each thread: what the 128 (C + 1) threads begin with is 168 or 128.
-template <int C>
+// The consumers, and what 65536 registers leave for each thread: 384 threads begin with 168, 512 with 128.
+template <int W>
 struct Team {
-  static constexpr int kRows = C * kGroupRows, kThreads = (C + 1) * kGroup;
-  static constexpr int kProducerRegisters = C == 2 ? 40 : 32, kConsumerRegisters = C == 2 ? 232 : 160;
+  static constexpr int kConsumers = kQueryConsumers<W>, kRows = kConsumers * kGroupRows;
+  static constexpr int kThreads = (kConsumers + 1) * kGroup;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
 // Named barriers: that of values that are cleared, and those of turns.
 enum Named { kCleared = 1, kTurnOfFirst = 2 };
 
 // W columns.
-template <class E, int W, int C>
+template <class E, int W>
 struct Memory {
   SharedSpan<E> q, k, v;
   Ring<1> queries;
@@ -34,7 +36,7 @@ struct Memory {
   template <class Arena>
   FSQ_BOTH static Memory carve(Arena& arena) {
     Memory m;
-    m.q = arena.template take<E>(Team<C>::kRows * W, kPatternBytes);
+    m.q = arena.template take<E>(Team<W>::kRows * W, kPatternBytes);
     m.k = arena.template take<E>(kStages * kKeys * W, kPatternBytes);
     m.v = arena.template take<E>(kStages * kKeys * W, kPatternBytes);
     m.queries = Ring<1>::carve(arena);
@@ -44,9 +46,9 @@ struct Memory {
   }
 
   FSQ_DEVICE void initialise() const {
-    queries.initialise(1, C * 4);
-    keys.initialise(1, C * 4);
-    values.initialise(1, C * 4);
+    queries.initialise(1, Team<W>::kConsumers * 4);
+    keys.initialise(1, Team<W>::kConsumers * 4);
+    values.initialise(1, Team<W>::kConsumers * 4);
     ptx::fence_mbarrier_init();
   }
 };
@@ -56,7 +58,7 @@ struct Maps {
 };
 
 // One tile of queries and the tiles of keys that it sees. Every query head is a pair of its own here (p.Hkv = p.Hq).
-template <int C>
+template <int W>
 struct Tile {
   Work work;
   Sequence s;
@@ -64,15 +66,15 @@ struct Tile {
   int blocks;
 
   FSQ_DEVICE Tile(const AttentionParams& p, const Schedule& schedule, int index)
-      : work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, Team<C>::kRows, p.causal != 0),
+      : work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, Team<W>::kRows, p.causal != 0),
         s(p, work.n),
-        keys(keys_of_queries(p, s, work.first, work.first + Team<C>::kRows - 1, 0, s.S, kKeys)),
+        keys(keys_of_queries(p, s, work.first, work.first + Team<W>::kRows - 1, 0, s.S, kKeys)),
         blocks(keys.last > keys.first ? (keys.last - keys.first + kKeys - 1) / kKeys : 0) {}
 };
 
 // One thread.
-template <class E, int W, int C>
-FSQ_DEVICE void produce(const CudaAttentionParams& c, const Schedule& schedule, const Memory<E, W, C>& m,
+template <class E, int W>
+FSQ_DEVICE void produce(const CudaAttentionParams& c, const Schedule& schedule, const Memory<E, W>& m,
                         const TensorMap* q, const TensorMap* k, const TensorMap* v) {
   ptx::prefetch_tensor_map(q);
   ptx::prefetch_tensor_map(k);
@@ -80,7 +82,7 @@ FSQ_DEVICE void produce(const CudaAttentionParams& c, const Schedule& schedule, 
   Stage<kStages> keys, values;
   Stage<1> queries;
   each_tile(schedule, [&](int index) {
-    const Tile<C> t(c.a, schedule, index);
+    const Tile<W> t(c.a, schedule, index);
     if (t.blocks == 0) return;
     const int head = t.work.hkv / schedule.group;
     const auto load = [&](const auto& ring, auto& stage, const SharedSpan<E>& to, const TensorMap* map, int block) {
@@ -91,8 +93,8 @@ FSQ_DEVICE void produce(const CudaAttentionParams& c, const Schedule& schedule, 
       stage.step();
     };
     m.queries.wait_empty(queries, c.fault);
-    ptx::mbarrier_arrive_expect_tx(m.queries.full(0), kTileBytes<Team<C>::kRows, W, E>);
-    load_tile<Team<C>::kRows, W>(m.q, 0, q, t.work.first, t.work.hkv, t.s.b, m.queries.full(0));
+    ptx::mbarrier_arrive_expect_tx(m.queries.full(0), kTileBytes<Team<W>::kRows, W, E>);
+    load_tile<Team<W>::kRows, W>(m.q, 0, q, t.work.first, t.work.hkv, t.s.b, m.queries.full(0));
     queries.step();
     load(m.keys, keys, m.k, k, 0);
     for (int block = 0; block < t.blocks; ++block) {
@@ -103,11 +105,11 @@ FSQ_DEVICE void produce(const CudaAttentionParams& c, const Schedule& schedule, 
 }
 
 // One warpgroup, number `which` of the consumers.
-template <class E, int W, int C>
+template <class E, int W>
 struct Consumer {
   const AttentionParams& p;
   uint32_t* const fault;
-  const Memory<E, W, C>& m;
+  const Memory<E, W>& m;
   const int which;
   const uint64_t queries, all_keys, all_values;  // descriptors
   Stage<kStages> keys, values;
@@ -116,7 +118,7 @@ struct Consumer {
   uint32_t weights[kKeys / 16][4];
   RowSum rows[2];
 
-  FSQ_DEVICE Consumer(const CudaAttentionParams& c, const Memory<E, W, C>& m, int which)
+  FSQ_DEVICE Consumer(const CudaAttentionParams& c, const Memory<E, W>& m, int which)
       : p(c.a),
         fault(c.fault),
         m(m),
@@ -127,7 +129,7 @@ struct Consumer {
 
   // The next group of wgmma: x = Q K^T for the keys of the current stage.
   FSQ_DEVICE void score() {
-    multiply_across<Team<C>::kRows, kKeys, W, E>(flat(x), queries,
+    multiply_across<Team<W>::kRows, kKeys, W, E>(flat(x), queries,
                                                  ptx::advance(all_keys, uint32_t(keys.at()) * kTileBytes<kKeys, W, E>));
     ptx::wgmma_commit();
   }
@@ -150,7 +152,7 @@ struct Consumer {
     for (int r = 0; r < 2; ++r) shrink[r] = rows[r].absorb(x, r, scale);
   }
 
-  FSQ_DEVICE void run(const Tile<C>& t) {
+  FSQ_DEVICE void run(const Tile<W>& t) {
     const int first_row = t.work.first + which * kGroupRows;
     const int row = first_row + int(threadIdx.x) % kGroup / 32 * 16;
     const Query q[2] = {Query(p, t.s, t.work.hkv, accumulator_row(row, 0)),
@@ -180,7 +182,7 @@ struct Consumer {
         ptx::wgmma_fence(x, sums, weights);
         score();
         add_values();
-        ptx::barrier_arrive(kTurnOfFirst + (which + 1 < C ? which + 1 : 0), 2 * kGroup);
+        ptx::barrier_arrive(kTurnOfFirst + (which + 1 < Team<W>::kConsumers ? which + 1 : 0), 2 * kGroup);
         ptx::wgmma_wait<1>(x);
         m.keys.release(keys.at());
         keys.step();
@@ -197,7 +199,7 @@ struct Consumer {
       m.queries.release(0);
       m.values.wait_full(values, fault);
       if (t.s.S < p.S && t.s.S - j0 < kKeys)
-        clear_rows<kKeys, W, C>(m.v, values.at() * kKeys * W, t.s.S - j0, kCleared);
+        clear_rows<kKeys, W, Team<W>::kConsumers>(m.v, values.at() * kKeys * W, t.s.S - j0, kCleared);
       ptx::wgmma_fence(sums, weights);
       add_values();
       ptx::wgmma_wait<0>(sums);
@@ -219,25 +221,25 @@ struct Consumer {
   }
 };
 
-template <class E, int W, int C>
-__global__ void __launch_bounds__(Team<C>::kThreads, 1)
+template <class E, int W>
+__global__ void __launch_bounds__(Team<W>::kThreads, 1)
     attention_hopper(const __grid_constant__ CudaAttentionParams c, const __grid_constant__ Maps maps,
                      const Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   DeviceArena arena;
-  const Memory<E, W, C> m = Memory<E, W, C>::carve(arena);
+  const Memory<E, W> m = Memory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise();
   __syncthreads();
   const int group = int(threadIdx.x) / kGroup;
   if (group == 0) {
-    ptx::setmaxnreg_dec<Team<C>::kProducerRegisters>();
-    if (threadIdx.x == 0 && !c.stuck) produce<E, W, C>(c, schedule, m, &maps.q, &maps.k, &maps.v);
+    ptx::setmaxnreg_dec<Team<W>::kProducerRegisters>();
+    if (threadIdx.x == 0 && !c.stuck) produce<E, W>(c, schedule, m, &maps.q, &maps.k, &maps.v);
   } else {
-    ptx::setmaxnreg_inc<Team<C>::kConsumerRegisters>();
-    Consumer<E, W, C> consumer(c, m, group - 1);
+    ptx::setmaxnreg_inc<Team<W>::kConsumerRegisters>();
+    Consumer<E, W> consumer(c, m, group - 1);
     // The first turn is the first consumer's; at the end it takes up the one that the last leaves.
-    if (consumer.which == C - 1) ptx::barrier_arrive(kTurnOfFirst, 2 * kGroup);
-    each_tile(schedule, [&](int index) { consumer.run(Tile<C>(c.a, schedule, index)); });
+    if (consumer.which == Team<W>::kConsumers - 1) ptx::barrier_arrive(kTurnOfFirst, 2 * kGroup);
+    each_tile(schedule, [&](int index) { consumer.run(Tile<W>(c.a, schedule, index)); });
     if (consumer.which == 0) ptx::barrier_sync(kTurnOfFirst, 2 * kGroup);
   }
 #else
@@ -245,23 +247,23 @@ __global__ void __launch_bounds__(Team<C>::kThreads, 1)
 #endif
 }
 
-template <class E, int W, int C>
+template <class E, int W>
 std::string launch(const CudaAttentionParams& c, int sm_count) {
   CudaAttentionParams one = c;
   AttentionParams& p = one.a;
   const int64_t group = p.Hq / p.Hkv, near = section(p) * group;
   p.Hkv = p.Hq;
-  const Schedule schedule = schedule_of(p, tiles_of(p.L, Team<C>::kRows), p.Hq, near, group, sm_count);
+  const Schedule schedule = schedule_of(p, tiles_of(p.L, Team<W>::kRows), p.Hq, near, group, sm_count);
   if (schedule.total == 0) return "";
   SharedArena arena;
-  Memory<E, W, C>::carve(arena);
-  Launch launch = hopper_launch("attention_hopper", c, schedule, sm_count, Team<C>::kThreads, arena.bytes());
+  Memory<E, W>::carve(arena);
+  Launch launch = hopper_launch("attention_hopper", c, schedule, sm_count, Team<W>::kThreads, arena.bytes());
   Maps maps;
-  std::string error = encode(maps.q, p, p.q, p.L, p.Hq, W, Team<C>::kRows);
+  std::string error = encode(maps.q, p, p.q, p.L, p.Hq, W, Team<W>::kRows);
   if (error.empty()) error = encode(maps.k, p, p.k, p.S, c.a.Hkv, W, kKeys);
   if (error.empty()) error = encode(maps.v, p, p.v, p.S, c.a.Hkv, W, kKeys);
   if (!error.empty()) return launch.error(error);
-  return run(&attention_hopper<E, W, C>, launch, one, maps, schedule);
+  return run(&attention_hopper<E, W>, launch, one, maps, schedule);
 }
 
 }  // namespace
@@ -295,14 +297,7 @@ std::string cuda_attention_hopper(const CudaAttentionParams& c) {
   Device device;
   const std::string error = query(device);
   if (!error.empty()) return error;
-  static const char* const three = getenv("FSQ_TRY_CONSUMERS");
-  return for_hopper(c.a, [&](auto e, auto w) {
-    typedef decltype(e) E;
-    constexpr int W = decltype(w)::value;
-    if constexpr (W == 64)
-      if (three && *three == '3') return launch<E, W, 3>(c, device.sm_count);
-    return launch<E, W, 2>(c, device.sm_count);
-  });
+  return for_hopper(c.a, [&](auto e, auto w) { return launch<decltype(e), decltype(w)::value>(c, device.sm_count); });
 }
 
 }  // namespace fusedseq

@@ -2,8 +2,8 @@
 // rings they lie in, and the order in which CTAs take their work.
 //
 // A CTA stays on its SM and takes tiles, the longest first. One warpgroup, the producer, has a warp that keeps rings of
-// tiles filled; two others, the consumers, own 64 rows of the accumulators each. Of a stage of a ring, the mbarrier
-// "full" counts the bytes of its copies, "empty" the eight consumer warps that are through with it.
+// tiles filled; two or three others, the consumers, own 64 rows of the accumulators each. Of a stage of a ring, the
+// mbarrier "full" counts the bytes of its copies, "empty" the consumers' warps that are through with it.
 //
 // Tiles are panels of 64 columns one after another, whose rows of 128 bytes are swizzled as wgmma reads them.
 #pragma once
@@ -19,6 +19,10 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kGroupRows = 64;
 constexpr int kPanel = 64, kPanelBytes = 128, kPatternBytes = 8 * kPanelBytes;  // columns of one swizzled row
 constexpr uint32_t kLongestWait = 4000000000;                                   // nanoseconds, below 2^32
+// Consumers of the kernels whose rows are queries, by the size of a head: where three find the registers they need,
+// they hide more of each other's exponentials.
+template <int W>
+constexpr int kQueryConsumers = W == 64 ? 3 : 2;
 
 // SharedArena for the device alone. That one asks whether it has a base, which keeps nvcc from knowing that what it
 // hands out is shared memory: addresses take twice the registers, and loads are generic.

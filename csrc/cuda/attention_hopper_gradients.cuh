@@ -1,6 +1,7 @@
-// What the two Hopper kernels of attention's backward pass share. Each owns 128 rows of two tensors, keys and values or
-// queries and dout, 64 to a consumer, while tiles of 64 rows of the other two go past. x = own[0] stream[0]^T are
-// products of queries and keys, y = own[1] stream[1]^T those of dout and values (attention_gradients.cuh has the rest).
+// What the two Hopper kernels of attention's backward pass share. Each owns 128 or 192 rows of two tensors, keys and
+// values or queries and dout, 64 to a consumer, while tiles of 64 rows of the other two go past. x = own[0] stream[0]^T
+// are products of queries and keys, y = own[1] stream[1]^T those of dout and values (attention_gradients.cuh has the
+// rest).
 //
 // Registers are what these kernels lack. What the producer can find out for the consumers it leaves in shared memory:
 // of a tile that is owned its plan, of one that goes past its first row.
@@ -24,7 +25,7 @@ constexpr int kStreamCleared = 1;  // a named barrier
 
 // The plan of a tile that is owned, one number each.
 enum Field {
-  kFirst,        // of its 128 rows
+  kFirst,        // of its rows
   kHead,         // of keys or of queries, which it belongs to
   kBatch,        // row
   kKeyCount,     // of that row

@@ -6,8 +6,9 @@
 // their rows. Heads of 64 elements leave room for K and V in registers too, which spares shared memory a third of its
 // traffic.
 //
-// Exponentials run beside dP, gradients of logits beside dV. Nothing is in flight from one tile of queries to the next:
-// heads of 128 elements leave no registers for that, and the other consumer's products fill the gap.
+// Exponentials run beside dP, gradients of logits beside dV. With heads of 64 elements the first two products of the
+// next queries are issued while dV and dK of the last ones run. Heads of 128 leave no registers for that: nothing is in
+// flight from one tile of queries to the next, and the other consumer's products fill the gap.
 #include "cuda/attention_hopper_gradients.cuh"
 
 namespace fusedseq {
@@ -65,12 +66,13 @@ FSQ_DEVICE void bring_tables(const CudaAttentionGradParams& g, const GradientMem
   });
 }
 
-// One warpgroup, number `which` of the consumers. AHEAD: the products of the next queries are issued before the
-// gradients of the last ones are waited for.
-template <class E, int W, bool AHEAD>
+// One warpgroup, number `which` of the consumers.
+template <class E, int W>
 struct Consumer {
   typedef GradientMemory<E, W, kConsumers> M;
-  static constexpr bool kHeld = W == 64;  // whether registers hold K and V
+  // Whether registers hold K and V, and whether the products of the next queries are issued before the gradients of the
+  // last ones are waited for.
+  static constexpr bool kHeld = W == 64, kAhead = W == 64;
 
   const CudaAttentionGradParams& g;
   const Schedule& schedule;
@@ -135,7 +137,7 @@ struct Consumer {
   FSQ_DEVICE void step(bool first) {
     m.ring.wait_full(stage, g.fwd.fault);
     score();
-    if constexpr (AHEAD) {
+    if constexpr (kAhead) {
       ptx::wgmma_wait<1>(x, dk, dv);
       if (!first) m.ring.release(stage.before());
     } else {
@@ -161,7 +163,7 @@ struct Consumer {
     }
     pack_columns<E>(slopes, y);
     add(dk, slopes, m.stream[0]);
-    if constexpr (!AHEAD) {
+    if constexpr (!kAhead) {
       ptx::wgmma_wait<0>(dk, dv);
       m.ring.release(stage.at());
     }
@@ -183,7 +185,7 @@ struct Consumer {
       }
       for (int left_over = blocks * schedule.group; left_over > 0; --left_over)
         step(left_over == blocks * schedule.group);
-      if constexpr (AHEAD) {
+      if constexpr (kAhead) {
         ptx::wgmma_wait<0>(dk, dv);
         m.ring.release(stage.before());
       }
@@ -204,7 +206,7 @@ struct Consumer {
   }
 };
 
-template <class E, int W, bool AHEAD>
+template <class E, int W>
 __global__ void __launch_bounds__((kConsumers + 1) * kGroup, 1)
     attention_hopper_keys_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                  const __grid_constant__ GradientMaps maps, const __grid_constant__ Schedule schedule) {
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kGroup, 1)
     if (warp == 2) bring_tables<E, W>(g, m);
   } else {
     ptx::setmaxnreg_inc<kOwnerRegisters<kConsumers>>();
-    Consumer<E, W, AHEAD> consumer(g, schedule, m, group - 1);
+    Consumer<E, W> consumer(g, schedule, m, group - 1);
     while (consumer.run()) {
     }
   }
@@ -238,18 +240,11 @@ std::string attention_hopper_keys(const CudaAttentionGradParams& g, int sm_count
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
   const Schedule schedule = schedule_of(p, tiles_of(p.S, kRows), p.Hkv, section(p), p.Hq / p.Hkv, sm_count);
-  const auto start = [&](auto e, auto w, auto ahead) {
+  return for_hopper(p, [&](auto e, auto w) {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
-    return launch_gradients<E, W, kConsumers>(&attention_hopper_keys_kernel<E, W, decltype(ahead)::value>,
-                                              "attention_hopper_keys", one, {&p.k, &p.v, p.S, p.Hkv},
-                                              {&p.q, &g.dout, p.L, p.Hq}, schedule, sm_count);
-  };
-  static const char* const ahead = getenv("FSQ_TRY_KEYS");
-  return for_hopper(p, [&](auto e, auto w) {
-    if constexpr (decltype(w)::value == 64)
-      if (ahead && *ahead == '1') return start(e, w, std::true_type());
-    return start(e, w, std::false_type());
+    return launch_gradients<E, W, kConsumers>(&attention_hopper_keys_kernel<E, W>, "attention_hopper_keys", one,
+                                              {&p.k, &p.v, p.S, p.Hkv}, {&p.q, &g.dout, p.L, p.Hq}, schedule, sm_count);
   });
 }
 

@@ -1,9 +1,9 @@
-// Attention's backward pass for Hopper, queries: a tile is dq of 128 queries of one head; the keys and values that they
-// see go past.
+// Attention's backward pass for Hopper, queries: a tile is dq of 128 queries of one head, 192 if it has 64 elements;
+// the keys and values that they see go past.
 //
-// Queries are the rows of the accumulators, and what is owned, Q and dO, lies in registers from the beginning: the only
-// operands in shared memory are K and V, and of each 64 keys dS leaves the first two products, S = Q K^T and dP = dO
-// V^T, as the left operand of the third, dQ += dS K, in which K is read along its rows.
+// Queries are the rows of the accumulators, and Q lies in registers from the beginning, as dO does where there are two
+// consumers. Of each 64 keys dS leaves the first two products, S = Q K^T and dP = dO V^T, as the left operand of the
+// third, dQ += dS K, in which K is read along its rows.
 //
 // The order of the products: S and dP of the next keys are issued before dQ of the last ones is waited for;
 // exponentials run beside dP.
@@ -13,31 +13,38 @@ namespace fusedseq {
 namespace FSQ_ISA {
 namespace {
 
+template <int W>
+constexpr int kRows = kQueryConsumers<W> * kGroupRows;
+template <class E, int W>
+using Memory = GradientMemory<E, W, kQueryConsumers<W>>;
+
 // One thread of the producer plans tiles. Every query head is a pair of its own in `p` (p.Hkv = p.Hq).
-template <class E, int W, int C>
-FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule, const GradientMemory<E, W, C>& m,
+template <class E, int W>
+FSQ_DEVICE void plan(const CudaAttentionGradParams& g, const Schedule& schedule, const Memory<E, W>& m,
                      const GradientMaps& maps) {
   const AttentionParams& p = g.fwd.a;
   Stage<kOwnStages> own;
   each_tile(schedule, [&](int index) {
-    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, C * kGroupRows, p.causal != 0);
+    const Work work(int(p.B), schedule.heads, index, schedule.tiles, schedule.section, kRows<W>, p.causal != 0);
     const Sequence s(p, work.n);
     const auto range = [&](int first, int rows) {
       return keys_of_queries(p, s, first, first + rows - 1, 0, s.S, kStream);
     };
     m.owned.wait_empty(own, g.fwd.fault);
-    for (int n = 0; n < C; ++n) m.arrange_inner(own, n, range(work.first + n * kGroupRows, kGroupRows));
+    for (int n = 0; n < kQueryConsumers<W>; ++n)
+      m.arrange_inner(own, n, range(work.first + n * kGroupRows, kGroupRows));
     m.arrange(own, kStreamHead, work.hkv / schedule.group);
     m.arrange(own, kStreamHeads, 1);
-    m.bring_own(own, work, s, range(work.first, C * kGroupRows), maps);
+    m.bring_own(own, work, s, range(work.first, kRows<W>), maps);
   });
   m.end_plans(own, g.fwd.fault);
 }
 
 // One warpgroup, number `which` of the consumers.
-template <class E, int W, int C>
+template <class E, int W>
 struct Consumer {
-  typedef GradientMemory<E, W, C> M;
+  typedef Memory<E, W> M;
+  static constexpr bool kHeld = W == 128;  // whether registers hold dO as they do Q
 
   const CudaAttentionGradParams& g;
   const Schedule& schedule;
@@ -45,7 +52,6 @@ struct Consumer {
   const int which;
   Stage<kOwnStages> own;
   Stage<kStreamStages> stage;
-  static constexpr bool kHeld = C == 2;  // whether registers hold dO as they do Q
   uint32_t q[W / 16][4], dout[kHeld ? W / 16 : 1][4];
   float x[kStreamTiles][4], y[kStreamTiles][4], dq[W / 8][4];
   uint32_t slopes[kStream / 16][4];
@@ -76,7 +82,7 @@ struct Consumer {
     // K only: what V makes is hidden.
     const int keys = m.planned(own, kKeyCount), behind = keys - m.passing[stage.at()];
     if (behind < kStream && keys < g.fwd.a.S)
-      clear_rows<kStream, W, C>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
+      clear_rows<kStream, W, kQueryConsumers<W>>(m.stream[0], stage.at() * M::kTile, behind, kStreamCleared);
     if constexpr (kHeld) ptx::wgmma_fence(x, y, q, dout);
     if constexpr (!kHeld) ptx::wgmma_fence(x, y, q);
     multiply_across<kStream, W, E>(flat(x), q, terms_across(m.stream[0].address(stage.at() * M::kTile)));
@@ -140,24 +146,24 @@ struct Consumer {
   }
 };
 
-template <class E, int W, int C>
-__global__ void __launch_bounds__((C + 1) * kGroup, 1)
+template <class E, int W>
+__global__ void __launch_bounds__((kQueryConsumers<W> + 1) * kGroup, 1)
     attention_hopper_queries_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                     const __grid_constant__ GradientMaps maps,
                                     const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   DeviceArena arena;
-  const GradientMemory<E, W, C> m = GradientMemory<E, W, C>::carve(arena);
+  const Memory<E, W> m = Memory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1, 1);
   __syncthreads();
   const int group = int(threadIdx.x) / kGroup;
   if (group == 0) {
-    ptx::setmaxnreg_dec<kBringerRegisters<C>>();
-    if (threadIdx.x == 0 && !g.fwd.stuck) plan<E, W, C>(g, schedule, m, maps);
+    ptx::setmaxnreg_dec<kBringerRegisters<kQueryConsumers<W>>>();
+    if (threadIdx.x == 0 && !g.fwd.stuck) plan<E, W>(g, schedule, m, maps);
     if (threadIdx.x / 32 == 1) m.bring_stream(maps, g.fwd.fault);
   } else {
-    ptx::setmaxnreg_inc<kOwnerRegisters<C>>();
-    Consumer<E, W, C> consumer(g, schedule, m, group - 1);
+    ptx::setmaxnreg_inc<kOwnerRegisters<kQueryConsumers<W>>>();
+    Consumer<E, W> consumer(g, schedule, m, group - 1);
     while (consumer.run()) {
     }
   }
@@ -173,18 +179,13 @@ std::string attention_hopper_queries(const CudaAttentionGradParams& g, int sm_co
   CudaAttentionGradParams one = g;
   one.fwd.a.Hkv = p.Hq;
   const int64_t group = p.Hq / p.Hkv;
-  const auto start = [&](auto e, auto w, auto c) {
-    typedef decltype(e) E;
-    constexpr int W = decltype(w)::value, C = decltype(c)::value;
-    const Schedule schedule = schedule_of(p, tiles_of(p.L, C * kGroupRows), p.Hq, section(p) * group, group, sm_count);
-    return launch_gradients<E, W, C>(&attention_hopper_queries_kernel<E, W, C>, "attention_hopper_queries", one,
-                                     {&p.q, &g.dout, p.L, p.Hq}, {&p.k, &p.v, p.S, p.Hkv}, schedule, sm_count);
-  };
-  static const char* const three = getenv("FSQ_TRY_QUERIES");
   return for_hopper(p, [&](auto e, auto w) {
-    if constexpr (decltype(w)::value == 64)
-      if (three && *three == '3') return start(e, w, std::integral_constant<int, 3>());
-    return start(e, w, std::integral_constant<int, 2>());
+    typedef decltype(e) E;
+    constexpr int W = decltype(w)::value;
+    const Schedule schedule = schedule_of(p, tiles_of(p.L, kRows<W>), p.Hq, section(p) * group, group, sm_count);
+    return launch_gradients<E, W, kQueryConsumers<W>>(&attention_hopper_queries_kernel<E, W>,
+                                                      "attention_hopper_queries", one, {&p.q, &g.dout, p.L, p.Hq},
+                                                      {&p.k, &p.v, p.S, p.Hkv}, schedule, sm_count);
   });
 }
 
