@@ -155,24 +155,16 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers, random,
-              MODE: tl.constexpr, ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
+def _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random, MODE: tl.constexpr,
+              ALL_ROWS: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
               DOT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What a tile of rows adds to dk, unscaled, and dv of a tile of keys."""
     q, dout, lse, delta, _, _, _ = sources
     sqb, sqh, sqn, sgb, sgh, sgn = strides
     E, Ev = sizes[0], sizes[1]
-    if TILED & FEATURES:
-        pair = sizes[5]
-        query = q.load([pair[0], pair[1], row0, 0]).reshape(real.shape[0], BE).to(DOT)
-        upstream = dout.load([pair[0], pair[1], row0, 0]).reshape(real.shape[0], BV)
-    else:
-        b64, h64, i64 = row[6].to(tl.int64), row[5].to(tl.int64), row[4].to(tl.int64)
-        query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, not ALL_ROWS, PADDED_E & FEATURES)
-        query = query.to(DOT)
-        upstream = load_rows(
-            dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES
-        )  # fmt: skip
+    b64, h64, i64 = row[6].to(tl.int64), row[5].to(tl.int64), row[4].to(tl.int64)
+    query = load_rows(q + b64 * sqb, h64 * sqh + i64 * sqn, 1, real, E, BE, not ALL_ROWS, PADDED_E & FEATURES).to(DOT)
+    upstream = load_rows(dout + b64 * sgb, h64 * sgh + i64 * sgn, 1, real, Ev, BV, not ALL_ROWS, PADDED_EV & FEATURES)
     LATER: tl.constexpr = AT_ALL if ALL_ROWS else AT_SOME
     HOW: tl.constexpr = HELD if EXACT & FEATURES else LATER
     row_lse, row_delta = lse + at, delta + at
@@ -196,7 +188,7 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
     """The same for the rows from row0 on, unless the table hides the keys from all of them."""
     b, hkv, q0, queries, k0, keys, shift = place
     _, _, _, _, slopes, bias, dense = sources
-    _, _, Hq, G, L, _ = sizes
+    _, _, Hq, G, L = sizes
     left, right = options
     real, position, h = rows_from(row0, queries, hkv, G, BM, FEATURES)
     i = q0 + position
@@ -208,10 +200,10 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
     row = (begin, end, reach, d, i, h, b, k0, keys, slope)
     if DENSE & FEATURES:
         if allows(dense_rows[None, :], j[:, None], table_strides[7], keys, MODE):
-            dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers,
-                               random, MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
+            dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
+                               MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
     else:
-        dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, row0, real, at, row, tables, numbers, random,
+        dk, dv = _key_tile(dk, dv, k, v, sources, strides, sizes, j, j0, real, at, row, tables, numbers, random,
                            MODE, ALL_ROWS, FEATURES, BE, BV, DOT, PRECISION)  # fmt: skip
     return dk, dv
 
@@ -219,15 +211,19 @@ def key_step(dk, dv, k, v, row0, place, sources, strides, sizes, j, j0, options,
 @triton.jit
 def attention_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, bias, dense, slopes, lengths, cu_q, cu_k, positions, ranks,
-    tile_sequence, tile_first, seed_at, query_descriptor, upstream_descriptor,
+    tile_sequence, tile_first, seed_at,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdkb, sdkh, sdkn, sdvb, sdvh, sdvn,
     sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds,
     positions_stride, ranks_stride, Hq, G, L, S, E, Ev, left, right, scale, raw_scale, softcap, limit, keep_scale,
     tiles, pairs, section,
     FEATURES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: dk and dv of one tile of BN keys, from the rows to whose window they belong."""
+    """A program: dk and dv of one tile of BN keys, from the rows to whose window they belong.
+
+    EDGES tiles are in flight where some rows see only some of the keys: those loops are short, and more of them than
+    two leave too few registers for the loop that is long.
+    """
     n, hkv, tile = schedule(
         tl.program_id(0), tiles, pairs, section, tile_sequence, tile_first, Hq // G, FEATURES, False
     )  # fmt: skip
@@ -248,18 +244,15 @@ def attention_dkv_kernel(
     key = load_rows(k + b64 * skb + head * skh + k64 * skn, j, skn, here, E, BE, True, PADDED_E & FEATURES).to(DOT)
     value = load_rows(v + b64 * svb + head * svh + k64 * svn, j, svn, here, Ev, BV, True, PADDED_EV & FEATURES).to(DOT)
     place = (b, hkv, q0, queries, k0, keys, shift)
-    if TILED & FEATURES:
-        sources = (query_descriptor, upstream_descriptor, lse, delta, slopes, bias, dense)
-    else:
-        sources = (q, dout, lse, delta, slopes, bias, dense)
-    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L, (b, hkv)), (left, right)
+    sources = (q, dout, lse, delta, slopes, bias, dense)
+    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L), (left, right)
     table_strides = (sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds)
     numbers = (scale, softcap, keep_scale)
     random = (tl.load(seed_at) if DROPOUT & FEATURES else 0, limit)
     dkey = tl.zeros((BN, BE), tl.float32)
     dvalue = tl.zeros((BN, BV), tl.float32)
     if RIGHT & FEATURES:
-        for row0 in range(first, inner_first, BM):
+        for row0 in tl.range(first, inner_first, BM, num_stages=EDGES):
             dkey, dvalue = key_step(dkey, dvalue, key, value, row0, place, sources, strides, sizes, j, j0, options,
                                      table_strides, numbers, random, EDGE, False, FEATURES, BM, BE, BV, DOT,
                                      PRECISION)  # fmt: skip
@@ -267,7 +260,7 @@ def attention_dkv_kernel(
         dkey, dvalue = key_step(dkey, dvalue, key, value, row0, place, sources, strides, sizes, j, j0, options,
                                  table_strides, numbers, random, INNER, True, FEATURES, BM, BE, BV, DOT,
                                  PRECISION)  # fmt: skip
-    for row0 in range(inner_last, last, BM):
+    for row0 in tl.range(inner_last, last, BM, num_stages=EDGES):
         dkey, dvalue = key_step(dkey, dvalue, key, value, row0, place, sources, strides, sizes, j, j0, options,
                                  table_strides, numbers, random, EDGE, False, FEATURES, BM, BE, BV, DOT,
                                  PRECISION)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,11 @@ class Tile(NamedTuple):
     stages: int
     dealt: bool = False  # whether a program for each multiprocessor is dealt the tiles, forward only
 
+    @property
+    def edges(self) -> int:
+        """Tiles in flight where rows see only some of the keys, for dkv."""
+        return min(self.stages, 2)
+
 
 # Small, so that short tests have tiles of every kind; 64 keys, so that dropout takes its fast way.
 INTERPRETED = {
@@ -35,11 +39,11 @@ _HALF = {
     (9, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (9, "forward", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
     (9, "forward", 256): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-    (9, "dq", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (9, "dq", 128): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (9, "dq", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    (9, "dq", 128): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     (9, "dq", 256): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    (9, "dkv", 64): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
-    (9, "dkv", 128): (Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
+    (9, "dkv", 64): (Tile(64, 64, 4, 3), Tile(32, 128, 8, 2)),
+    (9, "dkv", 128): (Tile(64, 128, 8, 3), Tile(32, 64, 8, 2)),
     (9, "dkv", 256): (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
     (8, "forward", 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
     (8, "forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
@@ -54,13 +58,13 @@ _HALF = {
 # GPUs on which a block has 99 KB of shared memory, and what has more of it everywhere else.
 _SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
 _SMALLER = {("dq", 256): Tile(32, 64, 8, 1), ("dkv", 256): Tile(16, 64, 8, 2)}
+# Where the bounds of a row's sequence do not fit beside all else.
+_PACKED = {(8, "dq", 128): Tile(64, 64, 8, 2)}
 # Tiles that come through descriptors need no registers for addresses, and leave room for one more in flight.
 _TILED = {128: Tile(128, 128, 8, 3)}
 # Descriptors end where the tensor does, not where a sequence does; keys that are picked, and tiles that a table may
 # hide, are not in their order.
 _NOT_TILED = bits.LENGTHS.value | bits.PACKED.value | bits.GLOBAL.value | bits.SPLIT.value | bits.DENSE.value
-# Whether dkv's rows come through descriptors: until it has been timed.
-ROWS_TILED = os.environ.get("FSQ_TRY_DKV_TMA") == "1"
 # float32 without TF32 is multiplied outside the tensor cores, with operands in registers.
 _SINGLE = {
     ("forward", 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -97,6 +101,8 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
         chosen = _HALF[generation, kernel, width][heavy]
         if kernel == "forward" and features & bits.TILED.value and not heavy:
             chosen = _TILED.get(width, chosen)
+        if features & bits.PACKED.value and not heavy:
+            chosen = _PACKED.get((generation, kernel, width), chosen)
         if capability in _SMALL:
             chosen = _SMALLER.get((kernel, width), chosen)
     if kernel == "forward" and rows <= FEW_ROWS:  # decoding: bound by reading keys
@@ -105,14 +111,9 @@ def tile(kernel: str, width: int, dtype: torch.dtype, capability: tuple[int, int
 
 
 def tiled(kernel: str, dtype: torch.dtype, capability: tuple[int, int], features: int, rows: int) -> bool:
-    """Whether a kernel reads through descriptors, if the layout lets it: "forward" and "dq" keys and values, "dkv"
-    queries and the output's gradient."""
-    if kernel == "dkv" and not ROWS_TILED:
-        return False
-    if kernel == "dkv":  # queries of a group take turns; key lengths do not concern them
-        apart = _NOT_TILED & ~bits.LENGTHS.value | bits.GROUPED.value | HEAVY
-    else:  # dq of a heavy call has no registers to win by it, and spills
-        apart = _NOT_TILED | (HEAVY if kernel == "dq" else 0)
+    """Whether "forward" or "dq" reads keys and values through descriptors, if their layout lets it."""
+    # dq of a heavy call has no registers to win by it, and spills.
+    apart = _NOT_TILED | (HEAVY if kernel == "dq" else 0)
     return capability[0] in (9, 10) and dtype != torch.float32 and not features & apart and rows > FEW_ROWS
 
 

@@ -42,7 +42,7 @@ def attention_far_kernel(
     b64, head, k64 = b.to(tl.int64), hkv.to(tl.int64), k0.to(tl.int64)
     place = (b, hkv, q0, queries, k0, keys, shift)
     sources = (q, dout, lse, delta, slopes, bias, dense)
-    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L, (b, hkv)), (left, right)
+    strides, sizes, options = (sqb, sqh, sqn, sgb, sgh, sgn), (E, Ev, Hq, G, L), (left, right)
     table_strides = (sbb, sbh, sbl, sbs, sdb, sdh, sdl, sds)
     numbers = (scale, softcap, keep_scale)
     random = (tl.load(seed_at) if DROPOUT & FEATURES else 0, limit)

@@ -87,13 +87,12 @@ def _variant(
     bulk = what.endswith("-tma")
     features |= bits.TILED.value if bulk else 0
     chosen = tile(kernel, width, dtype, tiles_of or divmod(capability, 10), features, rows)
-    rows_of = chosen.BM if kernel == "dkv" else chosen.BN
-    descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {rows_of}, {width}]>" if bulk else None
+    descriptor = f"tensordesc<{TYPES[dtype].name}[1, 1, {chosen.BN}, {width}]>" if bulk else None
     function = KERNELS[kernel]
     given: dict[str, Any] = {
         "FEATURES": features, "BM": chosen.BM, "BN": chosen.BN, "BE": width, "BV": width, "DOT": TYPES[dtype],
-        **dict.fromkeys(("key_descriptor", "value_descriptor", "query_descriptor", "upstream_descriptor"), descriptor),
-        "PRECISION": "ieee",
+        "key_descriptor": descriptor, "value_descriptor": descriptor,
+        "PRECISION": "ieee", "EDGES": chosen.edges,
         "OVER_BATCH": True, "OVER_HEADS": False, "OVER_ROWS": False, "OVER_KEYS": False,
     }  # fmt: skip
     arguments = {name: given[name] if name in given else _argument(name, dtype, features, size)
@@ -138,8 +137,10 @@ def _small() -> Iterator[Variant]:
 
 def _each(width: int, dtype: torch.dtype, capability: int) -> Iterator[Variant]:
     kinds = {"causal": _CAUSAL, "many": _MANY}
+    if width <= 128 and dtype != torch.float32:
+        kinds["full"] = _FULL
     if width == 128:
-        kinds |= {"full": _FULL, "shaped": _SHAPED, "packed": _PACKED, "global": _GLOBAL}
+        kinds |= {"shaped": _SHAPED, "packed": _PACKED, "global": _GLOBAL}
     for what, features in kinds.items():
         main = what == "causal" and width < 256
         yield _variant("forward", what, features, width, dtype, capability, main)
@@ -149,8 +150,6 @@ def _each(width: int, dtype: torch.dtype, capability: int) -> Iterator[Variant]:
             if what == "causal":
                 dealt = lone | bits.DEALT.value
                 yield _variant("forward", f"{what}-dealt-tma", dealt, width, dtype, capability, False)
-        if what in ("full", "packed"):
-            continue
         # The backward pass never sees a sink: lse has it.
         features &= ~bits.SINKS.value
         yield _variant("dq", what, features, width, dtype, capability, main)

@@ -133,11 +133,10 @@ class _Call:
         held = self.S * (self.E + self.Ev) * self.q.element_size()
         return max(1, min(self.pairs(), L2_BYTES // max(held, 1)))
 
-    def tiled(self, kernel: str, features: int, *fetched: Tensor) -> int:
-        """The feature of tiles that come through descriptors, where the kernel and the layout of what is `fetched` let
-        them."""
+    def tiled(self, kernel: str, features: int) -> int:
+        """The feature of keys and values that come through descriptors, where the kernel and their layout let them."""
         taken = tiled(kernel, self.q.dtype, capability(self.q), features, self.L * self.G)
-        return bits.TILED.value if taken and all(map(describable, fetched)) else 0
+        return bits.TILED.value if taken and describable(self.k) and describable(self.v) else 0
 
     def descriptors(self, features: int, BN: int) -> tuple[Any, Any]:
         """Of keys and values, in tiles of BN."""
@@ -196,7 +195,7 @@ def _parts(call: _Call) -> tuple[int, int]:
 def _forward(call: _Call, out: Tensor, lse: Tensor, totals: Tensor | None, parts: int, size: int) -> None:
     p, features = call.p, call.features | (bits.SPLIT.value if totals is not None else 0)
     pairs = call.pairs()
-    features |= call.tiled("forward", features, call.k, call.v)
+    features |= call.tiled("forward", features)
 
     def run(chosen: Tile) -> None:
         tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
@@ -238,12 +237,6 @@ class _Backward:
         call = self.call
         return *strides(call.q), *strides(call.k), *strides(call.v), *strides(self.dout)
 
-    def descriptors(self, features: int, BM: int) -> tuple[Any, Any]:
-        """Of queries and of the output's gradient, in tiles of BM."""
-        if not features & bits.TILED.value:
-            return None, None
-        return describe(self.call.q, BM, self.call.BE), describe(self.dout, BM, self.call.BV)
-
     def tables(self) -> tuple[Any, ...]:
         return self.call.bias, self.call.dense, self.call.slopes
 
@@ -269,7 +262,7 @@ class _Backward:
         if p.cu_q is not None:  # rows behind the last sequence are not visited
             dq.zero_()
         pairs = call.pairs()
-        features = call.features | call.tiled("dq", call.features, call.k, call.v)
+        features = call.features | call.tiled("dq", call.features)
 
         def run(chosen: Tile) -> None:
             tiles, tile_sequence, tile_first = call.tiles(p.cu_q, call.G, call.L, chosen.BM)
@@ -296,19 +289,18 @@ class _Backward:
         pairs = call.pairs()
         if call.S == 0 or pairs == 0:
             return dk, dv
-        features = call.features | call.tiled("dkv", call.features, call.q, self.dout)
         shared = (*self.strides(), *strides(dk), *strides(dv), *self.table_strides(), *call.far_strides(),
                   *self.sizes())  # fmt: skip
         for which in sums(max(call.BE, call.BV)):
 
-            def near(chosen: Tile, features: int = features | which) -> None:
+            def near(chosen: Tile, features: int = call.features | which) -> None:
                 tiles, tile_sequence, tile_first = call.tiles(p.cu_k, 1, call.S, chosen.BN)
                 if tiles == 0:
                     return
                 attention_dkv_kernel[(tiles * pairs,)](
                     *self.sources(), dk, dv, *self.tables(), *call.places(), tile_sequence, tile_first, call.seed,
-                    *self.descriptors(features, chosen.BM), *shared, tiles, pairs, call.section(),
-                    *self.constants(chosen, features), num_warps=chosen.warps, num_stages=chosen.stages,
+                    *shared, tiles, pairs, call.section(), *self.constants(chosen, features), chosen.edges,
+                    num_warps=chosen.warps, num_stages=chosen.stages,
                 )  # fmt: skip
 
             def far(chosen: Tile, features: int = call.features | which) -> None:
@@ -321,7 +313,7 @@ class _Backward:
                     *self.constants(chosen, features), num_warps=chosen.warps, num_stages=chosen.stages,
                 )  # fmt: skip
 
-            call.launch("dkv", features | which, near)
+            call.launch("dkv", call.features | which, near)
             if two:
                 call.launch("far", call.features | which, far, again=False)
         return dk, dv
