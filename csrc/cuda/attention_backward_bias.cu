@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           for (int e = 0; e < 4; ++e) {
             const int r = accumulator_row(warp_row, e / 2), column = accumulator_column(c, e), j = key(column);
             const bool global = g.fwd.ranks && j >= 0 && j < s.S && p.global_keys[s.b * p.global_sb + s.k0 + j];
-            const bool kept = !p.dropout || memory.kept.keeps(r, key0 % kRandomKeys + column);
+            const bool kept = !p.dropout || memory.kept.bits(r, key0 % kRandomKeys + column) & 1;
             float unused = 0;
             gradient<true, true>(p, numbers, memory.rows, r, j, g.fwd.ranks ? Look::both : Look::window, global, true,
                                  kept, x[0][c][e], y[0][c][e], unused);

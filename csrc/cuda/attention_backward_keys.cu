@@ -4,20 +4,14 @@
 // Keys are the rows of the accumulators, 16 MT to a warp, so that P^T and dS^T are left operands of the next products
 // as they come out of the first two, and nothing but tensors passes through shared memory. Rows come in tiles of
 // `kStream`, the next one while one is worked on.
-#include <stdlib.h>
-#include <string.h>
-
 #include "cuda/attention_backward_keys.cuh"
 
 namespace fusedseq {
 namespace FSQ_ISA {
 namespace {
 
-// Which sums a CTA makes: heads wider than 128 have registers for one at a time.
-constexpr int kWithDk = 1, kWithDv = 2;
-
-// W: padded size of a head. PLAIN: plain_logits(). Two tiles of keys to a warp halve what it reads of rows, where
-// registers allow it.
+// W: padded size of a head, up to 128: wider ones have registers for one of the two sums only. PLAIN: plain_logits().
+// Two tiles of keys to a warp halve what it reads of rows, where registers allow it.
 template <class E, int W, bool PLAIN>
 struct Keys {
   static constexpr int kWarps = 4, kTiles = W <= 64 ? 2 : 1, kThreads = 32 * kWarps, kOwn = 16 * kTiles * kWarps;
@@ -44,7 +38,7 @@ struct Keys {
   }
 };
 
-template <class E, int W, int SUMS, bool PLAIN>
+template <class E, int W, bool PLAIN>
 __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
     attention_backward_keys_kernel(const __grid_constant__ CudaAttentionGradParams g, const KeysLayout layout) {
   typedef Keys<E, W, PLAIN> K;
@@ -65,7 +59,7 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
             thread, K::kThreads, [&](int r) { return j0 + r < s.S ? (j0 + r) * t.sn : int64_t(-1); });
   };
   own(memory.k, p.k, p.E, layout.k);
-  if (SUMS & kWithDk) own(memory.v, p.v, p.Ev, layout.v);
+  own(memory.v, p.v, p.Ev, layout.v);
 
   const Random random = random_of(g.fwd);
   const auto load = [&](int stage, int row0) {
@@ -123,9 +117,9 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
         multiply_rows(y, held_v, dout);
       } else {
         multiply_rows(x, memory.k, warp_row, q);
-        if constexpr (SUMS & kWithDk) multiply_rows(y, memory.v, warp_row, dout);
+        multiply_rows(y, memory.v, warp_row, dout);
       }
-      if (PLAIN && edge) {
+      if (numbers.scaled && edge) {
         FSQ_UNROLL
         for (int n = 0; n < NT; ++n) FSQ_UNROLL
         for (int m = 0; m < MT; ++m) FSQ_UNROLL
@@ -134,18 +128,29 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
           if (!numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false)) x[m][n][e] = -infinity();
         }
       }
-      FSQ_UNROLL
-      for (int n = 0; n < NT; ++n) FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) FSQ_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int own_row = accumulator_row(warp_row + 16 * m, e / 2), r = at + accumulator_column(n, e);
-        const bool kept = PLAIN || !p.dropout || memory.kept.keeps(r, to_block + own_row);
-        float unused = 0;
-        gradient<!PLAIN, false>(p, numbers, memory.rows, r, j0 + own_row, global ? Look::both : Look::window,
-                                flags >> (2 * m + e / 2) & 1, edge, kept, x[m][n][e], y[m][n][e], unused);
-      }
-      if constexpr (SUMS & kWithDv) multiply_columns(dv, x, dout);
-      if constexpr (SUMS & kWithDk) multiply_columns(dk, y, q);
+      const auto elements = [&](auto full) {
+        FSQ_UNROLL
+        for (int n = 0; n < NT; ++n) {
+          uint32_t kept[2] = {};
+          if (numbers.dropout) {
+            FSQ_UNROLL
+            for (int e = 0; e < 2; ++e) kept[e] = memory.kept.bits(at + accumulator_column(n, e), to_block + warp_row);
+          }
+          FSQ_UNROLL
+          for (int m = 0; m < MT; ++m) FSQ_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int own_row = accumulator_row(16 * m, e / 2);
+            float unused = 0;
+            gradient<decltype(full)::value, false>(p, numbers, memory.rows, at + accumulator_column(n, e),
+                                                   j0 + warp_row + own_row, global ? Look::both : Look::window,
+                                                   flags >> (2 * m + e / 2) & 1, edge, kept[e % 2] >> own_row & 1,
+                                                   x[m][n][e], y[m][n][e], unused);
+          }
+        }
+      };
+      by_logits<!PLAIN>(numbers, elements);
+      multiply_columns(dv, x, dout);
+      multiply_columns(dk, y, q);
     }
   }
   ptx::cp_async_wait<0>();
@@ -158,11 +163,11 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
       store_rows<E, W>(sums[m], base, int(width), scale, warp_row + 16 * m,
                        [&](int r) { return j0 + r < stored ? (j0 + r) * t.sn : int64_t(-1); });
   };
-  if constexpr (SUMS & kWithDk) store(dk, g.dk, p.E, float(p.scale));
-  if constexpr (SUMS & kWithDv) store(dv, g.dv, p.Ev, 1.0f);
+  store(dk, g.dk, p.E, float(p.scale));
+  store(dv, g.dv, p.Ev, 1.0f);
 }
 
-template <class E, int W, int SUMS, bool PLAIN>
+template <class E, int W, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
   typedef Keys<E, W, PLAIN> K;
   const AttentionParams& p = g.fwd.a;
@@ -176,36 +181,32 @@ std::string launch(const CudaAttentionGradParams& g) {
   Launch launch("attention_backward_keys", describe(p), dim3(unsigned(tiles)), dim3(K::kThreads));
   launch.shared = arena.bytes();
   launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
-  return run(&attention_backward_keys_kernel<E, W, SUMS, PLAIN>, launch, g, layout);
-}
-
-template <class E, int W, bool PLAIN>
-std::string launch_all(const CudaAttentionGradParams& g) {
-  if constexpr (W <= 128) {
-    return launch<E, W, kWithDk | kWithDv, PLAIN>(g);
-  } else {
-    const std::string error = launch<E, W, kWithDk, PLAIN>(g);
-    return error.empty() ? launch<E, W, kWithDv, PLAIN>(g) : error;
-  }
+  return run(&attention_backward_keys_kernel<E, W, PLAIN>, launch, g, layout);
 }
 
 }  // namespace
 
 int attention_backward_keys_bytes(const AttentionParams& p) {
   return for_heads(p, [&](auto e, auto w) {
-    SharedArena arena;
-    Keys<decltype(e), decltype(w)::value, false>::carve(arena, p.dropout);
-    return most(arena.bytes(), attention_backward_keys_pairs_bytes(p));
+    constexpr int W = decltype(w)::value;
+    if constexpr (W > 128) {
+      return attention_backward_keys_pairs_bytes(p);
+    } else {
+      SharedArena arena;
+      Keys<decltype(e), W, false>::carve(arena, p.dropout);
+      return arena.bytes();
+    }
   });
 }
 
 std::string attention_backward_keys(const CudaAttentionGradParams& g) {
-  return for_heads(g.fwd.a, [&](auto e, auto w) {
+  return for_heads(g.fwd.a, [&](auto e, auto w) -> std::string {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
-    const char* const which = getenv("FSQ_TRY_KEYS");
-    if (W > 64 && !(which && !strcmp(which, "one"))) return attention_backward_keys_pairs(g);
-    return plain_logits(g.fwd.a) ? launch_all<E, W, true>(g) : launch_all<E, W, false>(g);
+    if constexpr (W > 128)
+      return attention_backward_keys_pairs(g);
+    else
+      return plain_logits(g.fwd.a) ? launch<E, W, true>(g) : launch<E, W, false>(g);
   });
 }
 

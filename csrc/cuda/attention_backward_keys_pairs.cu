@@ -1,10 +1,6 @@
-// Attention's backward pass, keys of heads wider than 64: as attention_backward_keys.cu, but two warps share a tile of
-// keys, one with the sum dv, the other with dk, so that each has registers for twice the keys and reads rows half as
-// often. The first makes the scores and weights, the second the gradients of weights, for which it takes the weights
-// over, in float32, through shared memory.
-#include <stdlib.h>
-#include <string.h>
-
+// Attention's backward pass, keys of heads wider than 128: as attention_backward_keys.cu, but two warps share a tile of
+// keys, one with the sum dv, the other with dk, for registers hold one of them. The first makes the scores and weights,
+// the second the gradients of weights, for which it takes the weights over, in float32, through shared memory.
 #include "cuda/attention_backward_keys.cuh"
 
 namespace fusedseq {
@@ -12,11 +8,10 @@ namespace FSQ_ISA {
 namespace {
 
 // W: padded size of a head. PLAIN: plain_logits(). A tile of rows is worked on in one go.
-template <class E, int W, bool PLAIN, int PAIRS>
+template <class E, int W, bool PLAIN>
 struct KeyPairs {
-  static constexpr int kTiles = W <= 128 ? 2 : 1, kWarps = 2 * PAIRS, kThreads = 32 * kWarps;
-  static constexpr int kOwn = 16 * kTiles * PAIRS, kStream = 32, kRowTiles = kStream / 8;
-  static constexpr int kFragments = kTiles * kRowTiles;
+  static constexpr int kPairs = 4, kWarps = 2 * kPairs, kThreads = 32 * kWarps;
+  static constexpr int kOwn = 16 * kPairs, kStream = 32, kRowTiles = kStream / 8;
 
   Operand<E, W> own;     // keys, then values
   Operand<E, W> stream;  // two stages of kStream rows of q, then of dout
@@ -30,22 +25,22 @@ struct KeyPairs {
     m.own = Operand<E, W>::carve(arena, 2 * kOwn);
     m.stream = Operand<E, W>::carve(arena, 4 * kStream);
     m.rows = RowTable<!PLAIN>::carve(arena, 2 * kStream);
-    m.weights = arena.template take<float>(PAIRS * kFragments * 32 * 4);
+    m.weights = arena.template take<float>(kPairs * kRowTiles * 32 * 4);
     m.kept = KeptTable::carve(arena, dropout ? 2 * kStream : 0, kOwn);
     return m;
   }
 };
 
-template <class E, int W, bool PLAIN, int PAIRS>
-__global__ void __launch_bounds__(KeyPairs<E, W, PLAIN, PAIRS>::kThreads)
+template <class E, int W, bool PLAIN>
+__global__ void __launch_bounds__(KeyPairs<E, W, PLAIN>::kThreads)
     attention_backward_keys_pairs_kernel(const __grid_constant__ CudaAttentionGradParams g, const KeysLayout layout) {
-  typedef KeyPairs<E, W, PLAIN, PAIRS> K;
-  constexpr int MT = K::kTiles, NT = K::kRowTiles;
+  typedef KeyPairs<E, W, PLAIN> K;
+  constexpr int NT = K::kRowTiles;
   const AttentionParams& p = g.fwd.a;
   SharedArena arena = dynamic_shared();
   const K memory = K::carve(arena, p.dropout);
-  const int thread = int(threadIdx.x), warp = thread / 32, pair = warp % PAIRS, pair_row = pair * 16 * MT;
-  const bool weighs = warp < PAIRS;  // has dv, the other dk
+  const int thread = int(threadIdx.x), warp = thread / 32, pair = warp % K::kPairs, pair_row = pair * 16;
+  const bool weighs = warp < K::kPairs;  // has dv, the other dk
   const Work work(p, int64_t(blockIdx.x), p.cu_k, layout.tiles, layout.section, 1, K::kOwn, false);
   const Sequence s(p, work.n);
   const int j0 = work.first, stored = p.cu_k ? s.S : int(p.S);
@@ -80,14 +75,14 @@ __global__ void __launch_bounds__(KeyPairs<E, W, PLAIN, PAIRS>::kThreads)
   // Which of this thread's keys are seen from everywhere.
   uint32_t flags = 0;
   if (!PLAIN && global)
-    for (int r = 0; r < 2 * MT; ++r) {
+    for (int r = 0; r < 2; ++r) {
       const int j = j0 + accumulator_row(pair_row, 0) + 8 * r;
       if (j < s.S) flags |= uint32_t(p.global_keys[s.b * p.global_sb + s.k0 + j] != 0) << r;
     }
   const GradientNumbers numbers = GradientNumbers::of<!PLAIN>(p, s);
   const int to_block = (s.k0 + j0) % kRandomKeys, own_row = weighs ? pair_row : K::kOwn + pair_row;
-  const auto exchanged = [&](int m, int n) { return ((pair * K::kFragments + m * NT + n) * 32 + thread % 32) * 4; };
-  float sums[MT][W / 8][4] = {};
+  const auto exchanged = [&](int n) { return ((pair * NT + n) * 32 + thread % 32) * 4; };
+  float sums[1][W / 8][4] = {};
 
   int stage = 0;
   if (rows.first < rows.last) load(0, rows.first);
@@ -102,41 +97,49 @@ __global__ void __launch_bounds__(KeyPairs<E, W, PLAIN, PAIRS>::kThreads)
 
     const bool edge = !rows.whole(row0, K::kStream);
     const int at = stage * K::kStream, other = 2 * K::kStream + at;
-    float x[MT][NT][4] = {};
+    float x[1][NT][4] = {};
     multiply_rows(x, memory.own, own_row, memory.stream.part(weighs ? at : other, K::kStream));
-    const auto kept = [&](int m, int r, int e) {
-      return PLAIN || !p.dropout || memory.kept.keeps(r, to_block + accumulator_row(pair_row + 16 * m, e / 2));
+    uint32_t kept[NT][2] = {};
+    if (numbers.dropout) {
+      FSQ_UNROLL
+      for (int n = 0; n < NT; ++n) FSQ_UNROLL
+      for (int e = 0; e < 2; ++e) kept[n][e] = memory.kept.bits(at + accumulator_column(n, e), to_block + pair_row);
+    }
+    const auto drop = [&](int n, int e, float y) {
+      return dropped(numbers, kept[n][e % 2] >> accumulator_row(0, e / 2) & 1, y);
     };
     if (weighs) {
-      FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) FSQ_UNROLL
-      for (int n = 0; n < NT; ++n) {
-        float weight[4];
+      const auto elements = [&](auto full) {
         FSQ_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int j = j0 + accumulator_row(pair_row + 16 * m, e / 2), r = at + accumulator_column(n, e);
-          if (PLAIN && edge && !numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false))
-            x[m][n][e] = -infinity();
-          float tangent;
-          const float w = weigh<!PLAIN>(p, numbers, memory.rows, r, j, global ? Look::both : Look::window,
-                                        flags >> (2 * m + e / 2) & 1, edge, x[m][n][e], tangent);
-          weight[e] = PLAIN ? w : w * tangent;
-          x[m][n][e] = dropped<!PLAIN>(numbers, kept(m, r, e), w);
+        for (int n = 0; n < NT; ++n) {
+          float weight[4];
+          FSQ_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int j = j0 + accumulator_row(pair_row, e / 2), r = at + accumulator_column(n, e);
+            if (numbers.scaled && edge && !numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false))
+              x[0][n][e] = -infinity();
+            float tangent;
+            const float w =
+                weigh<decltype(full)::value>(p, numbers, memory.rows, r, j, global ? Look::both : Look::window,
+                                             flags >> (e / 2) & 1, edge, x[0][n][e], tangent);
+            weight[e] = w * tangent;
+            x[0][n][e] = drop(n, e, w);
+          }
+          memory.weights.template store<float4>(exchanged(n), make_float4(weight[0], weight[1], weight[2], weight[3]));
         }
-        memory.weights.template store<float4>(exchanged(m, n), make_float4(weight[0], weight[1], weight[2], weight[3]));
-      }
+      };
+      by_logits<!PLAIN>(numbers, elements);
       ptx::barrier_arrive(1 + pair, 64);
     } else {
       ptx::barrier_sync(1 + pair, 64);  // the weights are there
       FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) FSQ_UNROLL
       for (int n = 0; n < NT; ++n) {
-        const float4 w = memory.weights.template load<float4>(exchanged(m, n));
+        const float4 w = memory.weights.template load<float4>(exchanged(n));
         const float weight[4] = {w.x, w.y, w.z, w.w};
         FSQ_UNROLL
         for (int e = 0; e < 4; ++e) {
           const int r = at + accumulator_column(n, e);
-          x[m][n][e] = weight[e] * (dropped<!PLAIN>(numbers, kept(m, r, e), x[m][n][e]) - memory.rows.delta[r]);
+          x[0][n][e] = weight[e] * (drop(n, e, x[0][n][e]) - memory.rows.delta[r]);
         }
       }
     }
@@ -147,15 +150,13 @@ __global__ void __launch_bounds__(KeyPairs<E, W, PLAIN, PAIRS>::kThreads)
   // Keys behind the length of a row have a gradient too, which is 0.
   const Heads& t = weighs ? g.dv : g.dk;
   E* const base = static_cast<E*>(t.data) + s.b * t.sb + work.hkv * t.sh + int64_t(s.k0) * t.sn;
-  FSQ_UNROLL
-  for (int m = 0; m < MT; ++m)
-    store_rows<E, W>(sums[m], base, int(weighs ? p.Ev : p.E), weighs ? 1.0f : float(p.scale), pair_row + 16 * m,
-                     [&](int r) { return j0 + r < stored ? (j0 + r) * t.sn : int64_t(-1); });
+  store_rows<E, W>(sums[0], base, int(weighs ? p.Ev : p.E), weighs ? 1.0f : float(p.scale), pair_row,
+                   [&](int r) { return j0 + r < stored ? (j0 + r) * t.sn : int64_t(-1); });
 }
 
-template <class E, int W, bool PLAIN, int PAIRS>
+template <class E, int W, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
-  typedef KeyPairs<E, W, PLAIN, PAIRS> K;
+  typedef KeyPairs<E, W, PLAIN> K;
   const AttentionParams& p = g.fwd.a;
   const KeysLayout layout{
       tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout),
@@ -167,11 +168,8 @@ std::string launch(const CudaAttentionGradParams& g) {
   Launch launch("attention_backward_keys", describe(p), dim3(unsigned(tiles)), dim3(K::kThreads));
   launch.shared = arena.bytes();
   launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
-  return run(&attention_backward_keys_pairs_kernel<E, W, PLAIN, PAIRS>, launch, g, layout);
+  return run(&attention_backward_keys_pairs_kernel<E, W, PLAIN>, launch, g, layout);
 }
-
-// Two pairs to a CTA where two CTAs fit a multiprocessor, four where one does.
-constexpr int pairs_of(int width) { return width <= 128 ? 2 : 4; }
 
 }  // namespace
 
@@ -179,7 +177,7 @@ int attention_backward_keys_pairs_bytes(const AttentionParams& p) {
   return for_heads(p, [&](auto e, auto w) {
     constexpr int W = decltype(w)::value;
     SharedArena arena;
-    if constexpr (W > 64) KeyPairs<decltype(e), W, false, pairs_of(W)>::carve(arena, p.dropout);
+    if constexpr (W > 128) KeyPairs<decltype(e), W, false>::carve(arena, p.dropout);
     return arena.bytes();
   });
 }
@@ -188,14 +186,10 @@ std::string attention_backward_keys_pairs(const CudaAttentionGradParams& g) {
   return for_heads(g.fwd.a, [&](auto e, auto w) -> std::string {
     typedef decltype(e) E;
     constexpr int W = decltype(w)::value;
-    if constexpr (W <= 64) return "heads of up to 64 are another kernel's";
-    if constexpr (W == 128) {
-      const char* const which = getenv("FSQ_TRY_KEYS");
-      if (which && !strcmp(which, "pairs4"))
-        return plain_logits(g.fwd.a) ? launch<E, W, true, 4>(g) : launch<E, W, false, 4>(g);
-    }
-    if constexpr (W > 64)
-      return plain_logits(g.fwd.a) ? launch<E, W, true, pairs_of(W)>(g) : launch<E, W, false, pairs_of(W)>(g);
+    if constexpr (W > 128)
+      return plain_logits(g.fwd.a) ? launch<E, W, true>(g) : launch<E, W, false>(g);
+    else
+      return "heads of up to 128 are another kernel's";
   });
 }
 

@@ -75,6 +75,9 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   memory.rows.fill(g, s, thread, Q::kThreads, query);
 
   const Random random = random_of(g.fwd);
+  // Where the bits lie of the tile that is loaded, and of which block of keys: those of a whole block serve all its
+  // tiles.
+  int kept_stage = 0, kept_block = -1;
   const auto load = [&](int stage) {
     const KeyTile tile = walk.tile;
     const auto stream = [&](const Operand<E, W>& o, const Heads& t, int64_t width, bool aligned) {
@@ -92,11 +95,16 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
     stream(memory.v.part(stage * Q::kStream, Q::kStream), p.v, p.Ev, layout.v);
     ptx::cp_async_commit();
     if (!PLAIN && p.dropout) {
-      const KeptTable to = memory.kept.part(stage * Q::kOwn, Q::kOwn);
+      const int key = s.k0 + tile.j0, block = key / kRandomKeys;
+      const bool within = !tile.picked() && (key + Q::kStream - 1) / kRandomKeys == block;
+      if (within && block == kept_block) return;
+      kept_block = within ? block : -1;
+      kept_stage ^= 1;
+      const KeptTable to = memory.kept.part(kept_stage * Q::kOwn, Q::kOwn);
       if (tile.picked())
         to.fill_picked(random, s, Q::kOwn, far, tile.at, Q::kStream, thread, Q::kThreads, query);
       else
-        to.fill(random, s, Q::kOwn, s.k0 + tile.j0, Q::kStream, thread, Q::kThreads, query);
+        to.fill(random, s, Q::kOwn, key, Q::kStream, thread, Q::kThreads, query);
     }
   };
 
@@ -115,6 +123,7 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
   for (; !walk.done(); stage ^= 1) {
     const KeyTile tile = walk.tile;
     const bool picked = walk.picked();
+    const int kept_row = kept_stage * Q::kOwn;
     walk.step(far);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there, and nobody reads the other one any more
@@ -139,7 +148,7 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
         multiply_rows(x, memory.q, warp_row, k);
         multiply_rows(y, memory.dout, warp_row, v);
       }
-      if (PLAIN && edge) {
+      if (numbers.scaled && edge) {
         FSQ_UNROLL
         for (int n = 0; n < NT; ++n) FSQ_UNROLL
         for (int m = 0; m < MT; ++m) FSQ_UNROLL
@@ -148,16 +157,26 @@ __global__ void __launch_bounds__(Queries<E, W, PLAIN>::kThreads)
           if (!numbers.sees(j, j - memory.rows.diagonal[r], Look::window, false)) x[m][n][e] = -infinity();
         }
       }
-      FSQ_UNROLL
-      for (int n = 0; n < NT; ++n) FSQ_UNROLL
-      for (int m = 0; m < MT; ++m) FSQ_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int r = accumulator_row(warp_row + 16 * m, e / 2), c = part + accumulator_column(n, e);
-        const bool kept = PLAIN || !p.dropout || memory.kept.keeps(stage * Q::kOwn + r, to_block + c);
-        gradient<!PLAIN, false>(p, numbers, memory.rows, r, PLAIN ? tile.j0 + c : tile.key(far, c),
-                                picked ? Look::beyond : Look::window, false, edge, kept, x[m][n][e], y[m][n][e],
-                                slopes[m][e / 2]);
+      uint32_t kept[MT][2] = {};
+      if (numbers.dropout) {
+        FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int half = 0; half < 2; ++half)
+          kept[m][half] = memory.kept.bits(kept_row + accumulator_row(warp_row + 16 * m, half), to_block + part);
       }
+      const auto elements = [&](auto full) {
+        FSQ_UNROLL
+        for (int n = 0; n < NT; ++n) FSQ_UNROLL
+        for (int m = 0; m < MT; ++m) FSQ_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int c = accumulator_column(n, e);
+          gradient<decltype(full)::value, false>(p, numbers, memory.rows, accumulator_row(warp_row + 16 * m, e / 2),
+                                                 PLAIN ? tile.j0 + part + c : tile.key(far, part + c),
+                                                 picked ? Look::beyond : Look::window, false, edge,
+                                                 kept[m][e / 2] >> c & 1, x[m][n][e], y[m][n][e], slopes[m][e / 2]);
+        }
+      };
+      by_logits<!PLAIN>(numbers, elements);
       multiply_columns(dq, y, k);
     }
   }

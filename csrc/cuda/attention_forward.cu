@@ -4,8 +4,6 @@
 // A CTA owns a tile of rows of one pair, each warp 16 MT of them. Of keys and values there is one tile of 64 in shared
 // memory each: values arrive while scores are made, the next keys while values are used. Few rows with many keys
 // (decoding) get CTAs of one warp, and their keys are cut into parts.
-#include <stdlib.h>
-
 #include "cuda/attention.h"
 
 #include "cuda/attention_operand.cuh"
@@ -17,6 +15,7 @@ namespace FSQ_ISA {
 namespace {
 
 constexpr int kKeys = 64, kKeyTiles = kKeys / 8;
+constexpr float kSlack = 8;  // RowSum::absorb
 
 // W: padded size of a head. PLAIN: plain_logits(). WARPS warps with MT tiles of 16 rows each.
 template <class E, int W, bool PLAIN, int WARPS, int MT>
@@ -46,7 +45,6 @@ struct Forward {
 struct Layout {
   int64_t tiles, section;
   bool q, kv, out;  // 16-byte rows
-  float slack;      // RowSum::absorb
 };
 
 typedef float Scores[kKeyTiles][4];
@@ -59,6 +57,15 @@ FSQ_DEVICE void hide(Scores& x, int r, const Window& window, int d, int j0) {
     const int j = j0 + accumulator_column(n, e);
     if (!window.near(j - d) || !window.has(j)) x[n][2 * r + e] = -infinity();
   }
+}
+
+// The same where a bit of `seen` is not set.
+FSQ_DEVICE void hide(Scores& x, int r, uint32_t seen) {
+  if (seen == ~0u >> (32 - 2 * kKeyTiles)) return;
+  FSQ_UNROLL
+  for (int n = 0; n < kKeyTiles; ++n) FSQ_UNROLL
+  for (int e = 0; e < 2; ++e)
+    if (!(seen >> (2 * n + e) & 1)) x[n][2 * r + e] = -infinity();
 }
 
 // Row r of the products becomes logits, minus infinity where a bit of `seen` is not set.
@@ -139,7 +146,10 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   FSQ_UNROLL
   for (int m = 0; m < MT; ++m) FSQ_UNROLL
   for (int r = 0; r < 2; ++r) row_sums[m][r] = {-infinity(), 0.0f};
-  const float scale = float(p.scale * kLog2e);
+  const Random random = random_of(c);
+  // A scale above 0 that is all that makes logits is applied by the softmax, which finds a row's maximum before it.
+  const bool scaled = PLAIN || (!altered_logits(p) && p.scale > 0);
+  const float scale = scaled ? float(p.scale * kLog2e) : 1.0f;
   // Where the keys begin and end that this warp's rows see near the diagonal; empty if it has none.
   const int warp_first = work.first + warp_row, warp_last = least(warp_first + 16 * MT, rows) - 1;
   const int warp_begin = Query(p, s, work.hkv, warp_first).begin;
@@ -192,6 +202,8 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
           const int row = accumulator_row(warp_row + 16 * m, r);
           if constexpr (PLAIN)
             hide(x[m], r, window, memory.diagonal[row], tile.j0);
+          else if (scaled)
+            hide(x[m], r, seen[m][r]);
           else
             alter(x[m], r, p, s, Query(p, s, work.hkv, work.first + row), far, tile, seen[m][r]);
         }
@@ -201,8 +213,8 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
       for (int m = 0; m < MT; ++m) FSQ_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int row = accumulator_row(warp_first + 16 * m, r);
-        shrink[m][r] = row_sums[m][r].absorb(x[m], r, PLAIN ? scale : 1.0f, layout.slack);
-        if (!PLAIN && p.dropout) drop(x[m], r, random_of(c), s, Query(p, s, work.hkv, row), far, tile);
+        shrink[m][r] = row_sums[m][r].absorb(x[m], r, scale, kSlack);
+        if (!PLAIN && p.dropout) drop(x[m], r, random, s, Query(p, s, work.hkv, row), far, tile);
       }
       bool shrinks = false;
       FSQ_UNROLL
@@ -262,18 +274,13 @@ __global__ void __launch_bounds__(Forward<E, W, PLAIN, WARPS, MT>::kThreads, For
   }
 }
 
-inline float slack() {
-  const char* const given = getenv("FSQ_TRY_SLACK");
-  return given ? float(atof(given)) : 8.0f;
-}
-
 template <class E, int W, bool PLAIN, int WARPS, int MT>
 std::string launch(const CudaAttentionParams& c) {
   typedef Forward<E, W, PLAIN, WARPS, MT> F;
   const AttentionParams& p = c.a;
   const int64_t G = p.Hq / p.Hkv;
-  const Layout layout{tile_count(p, p.L, G, F::kRows), section(p),     aligned(p.q),
-                      aligned(p.k) && aligned(p.v),    aligned(p.out), slack()};
+  const Layout layout{tile_count(p, p.L, G, F::kRows), section(p), aligned(p.q), aligned(p.k) && aligned(p.v),
+                      aligned(p.out)};
   const int64_t tiles = layout.tiles * (p.cu_q ? 1 : p.B) * p.Hkv;
   if (tiles == 0) return "";
   SharedArena arena;

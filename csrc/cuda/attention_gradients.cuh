@@ -5,6 +5,8 @@
 // Dao et al. 2022, arXiv:2205.14135, algorithm 4). The gradient of a sink is -P_sink D. Products and sums are float32;
 // P and the gradients are rounded to the type of the tensors where they enter products again.
 #pragma once
+#include <type_traits>
+
 #include "cuda/attention.h"
 #include "cuda/attention_operand.cuh"
 #include "cuda/attention_scores.cuh"
@@ -76,61 +78,75 @@ struct RowTable {
   }
 };
 
-// What dropout leaves of a tile of queries and keys: a word for each counter, of which one evaluation tells four keys.
+// What dropout leaves of a tile of queries and keys: of each row a bit for each key.
 struct KeptTable {
-  SharedSpan<uint16_t> words;
-  int blocks;  // of 64 keys
+  SharedSpan<uint32_t> words;  // of 32 keys
+  int blocks;                  // of 64 keys, for each row
 
   template <class Arena>
   FSQ_BOTH static KeptTable carve(Arena& arena, int rows, int keys) {
     KeptTable t;
     t.blocks = (keys + 2 * kRandomKeys - 2) / kRandomKeys;  // a tile may begin within a block
-    t.words = arena.template take<uint16_t>(rows * t.blocks * 16);
+    t.words = arena.template take<uint32_t>(rows * t.blocks * 2);
     return t;
   }
   // Rows first .. first + count.
   FSQ_DEVICE KeptTable part(int first, int count) const {
     KeptTable t;
     t.blocks = blocks;
-    t.words = words.sub(first * blocks * 16, count * blocks * 16);
+    t.words = words.sub(first * blocks * 2, count * blocks * 2);
     return t;
   }
-  // x: how far the key lies from the first one of its tile's first block, in a tile of picked keys its column.
-  FSQ_DEVICE bool keeps(int row, int x) const { return words[(row * blocks + x / 64) * 16 + x % 16] >> x / 16 % 4 & 1; }
+  // Of key x and those behind it, bit by bit. x: how far the key lies from the first one of its tile's first block, in
+  // a tile of picked keys its column. Bits of keys behind the tile mean nothing.
+  FSQ_DEVICE uint32_t bits(int row, int x) const {
+    const int first = row * blocks * 2, at = x / 32;
+    const uint32_t low = words[first + at], high = words[first + least(at + 1, blocks * 2 - 1)];
+    return uint32_t((uint64_t(high) << 32 | low) >> x % 32);
+  }
 
-  // Of the keys from `first` on, which counts from the beginning of the tensor. query(r) is the Query of row r.
+  // Of the keys from `first` on, which counts from the beginning of the tensor. query(r) is the Query of row r. One
+  // evaluation tells four keys; sixteen lanes make a block of a row, and all lanes of a warp must take part.
   template <class At>
   FSQ_DEVICE void fill(const Random& random, const Sequence& s, int rows, int first, int keys, int thread, int threads,
                        At query) const {
     const int base = first / kRandomKeys, used = (first + keys - 1) / kRandomKeys - base + 1;
-    for (int n = thread; n < rows * used * 16; n += threads) {
-      const int r = n / (used * 16), block = n / 16 % used, c = n % 16;
-      const Query q = query(r);
-      const RandomWords all =
-          philox(random.seed, uint32_t((base + block) * 16 + c), uint32_t(s.q0 + q.i), uint32_t(q.h), uint32_t(s.b));
-      uint32_t bits = 0;
-      FSQ_UNROLL
-      for (int w = 0; w < 4; ++w) bits |= uint32_t(all.w[w] >= random.threshold) << w;
-      words.store((r * blocks + block) * 16 + c, uint16_t(bits));
+    for (int n = thread; n < rows * 16; n += threads) {
+      const Query q = query(n / 16);
+      for (int block = 0; block < used; ++block) {
+        const RandomWords all = philox(random.seed, uint32_t((base + block) * 16 + n % 16), uint32_t(s.q0 + q.i),
+                                       uint32_t(q.h), uint32_t(s.b));
+        gather(n / 16, block, [&](int w) { return all.w[w] >= random.threshold; });
+      }
     }
   }
   // Of the global keys from `at` on.
   template <class At>
   FSQ_DEVICE void fill_picked(const Random& random, const Sequence& s, int rows, const GlobalKeys& far, int at,
                               int keys, int thread, int threads, At query) const {
-    for (int n = thread; n < rows * blocks * 16; n += threads) {
-      const int r = n / (blocks * 16), block = n / 16 % blocks, c = n % 16;
-      const Query q = query(r);
-      uint32_t bits = 0;
-      for (int w = 0; w < 4; ++w) {
-        const int x = block * 64 + w * 16 + c;
-        if (x < keys && at + x < far.last)
-          bits |= uint32_t(random.keeps(uint32_t(s.b), uint32_t(q.h), uint32_t(s.q0 + q.i),
-                                        uint32_t(s.k0 + far.key(at + x))))
-                  << w;
-      }
-      words.store((r * blocks + block) * 16 + c, uint16_t(bits));
+    for (int n = thread; n < rows * 16; n += threads) {
+      const Query q = query(n / 16);
+      for (int block = 0; block < blocks; ++block)
+        gather(n / 16, block, [&](int w) {
+          const int x = block * kRandomKeys + w * 16 + n % 16;
+          return x < keys && at + x < far.last &&
+                 random.keeps(uint32_t(s.b), uint32_t(q.h), uint32_t(s.q0 + q.i), uint32_t(s.k0 + far.key(at + x)));
+        });
     }
+  }
+
+ private:
+  // Lane 16 n + c of a warp has the keys 16 w + c of a block, of a row of its own for each n.
+  template <class Kept>
+  FSQ_DEVICE void gather(int row, int block, Kept kept) const {
+    const uint32_t shift = ptx::lane() / 16 * 16;
+    uint32_t of[4];
+    FSQ_UNROLL
+    for (int w = 0; w < 4; ++w) of[w] = __ballot_sync(0xffffffffu, kept(w)) >> shift & 0xffff;
+    if (ptx::lane() % 16) return;
+    FSQ_UNROLL
+    for (int half = 0; half < 2; ++half)
+      words.store((row * blocks + block) * 2 + half, of[2 * half] | of[2 * half + 1] << 16);
   }
 };
 
@@ -143,19 +159,21 @@ enum class Look {
 
 // The numbers of a call that every element needs.
 struct GradientNumbers {
-  float scale, softcap, keep_scale;  // a plain call's scale makes logits in units of ln 2
+  float scale, softcap, keep_scale;  // with `scaled` the scale makes logits in units of ln 2
   Window window;
   bool causal, dropout;
+  bool scaled;  // logits are scaled products, and windows alone hide keys, as in plain calls
 
   template <bool Full>
   FSQ_DEVICE static GradientNumbers of(const AttentionParams& p, const Sequence& s) {
     GradientNumbers n;
-    n.scale = float(Full ? p.scale : p.scale * kLog2e);
+    n.scaled = !Full || (!altered_logits(p) && !p.dense.data && !picks(p) && p.scale > 0);
+    n.scale = float(n.scaled ? p.scale * kLog2e : p.scale);
     n.softcap = float(p.softcap);
     n.keep_scale = float(p.keep_scale);
     n.window = Window(p, s);
     n.causal = p.causal != 0;
-    n.dropout = p.dropout;
+    n.dropout = Full && p.dropout;
     return n;
   }
   FSQ_DEVICE bool sees(int j, int distance, Look look, bool global) const {
@@ -166,10 +184,10 @@ struct GradientNumbers {
 };
 
 // One element: the probability of a row's key from its product x, before dropout. `tangent` is the softcap's
-// derivative. A plain call's caller has hidden what is not seen: its x is minus infinity.
-template <bool Full>
-FSQ_DEVICE float weigh(const AttentionParams& p, const GradientNumbers& c, const RowTable<Full>& rows, int r, int j,
-                       Look look, bool global, bool edge, float x, float& tangent) {
+// derivative. Without Full, for GradientNumbers::scaled, the caller has hidden what is not seen: x is minus infinity.
+template <bool Full, class Rows>
+FSQ_DEVICE float weigh(const AttentionParams& p, const GradientNumbers& c, const Rows& rows, int r, int j, Look look,
+                       bool global, bool edge, float x, float& tangent) {
   const float lse = rows.lse[r];
   tangent = 1.0f;
   if constexpr (!Full) {
@@ -192,23 +210,30 @@ FSQ_DEVICE float weigh(const AttentionParams& p, const GradientNumbers& c, const
 }
 
 // What dropout leaves of a weight or of its gradient.
-template <bool Full>
 FSQ_DEVICE float dropped(const GradientNumbers& c, bool kept, float x) {
-  return !Full || !c.dropout ? x : kept ? x * c.keep_scale : 0.0f;
+  return !c.dropout ? x : kept ? x * c.keep_scale : 0.0f;
 }
 
 // One element: of a row and key, its product x becomes the probability that the output was made of, and y = dout . v
 // the gradient of its logit, with Raw that of the logit itself, else of the product before the softcap (unscaled).
 // `slopes` gains what -dalibi does.
-template <bool Full, bool Raw>
-FSQ_DEVICE void gradient(const AttentionParams& p, const GradientNumbers& c, const RowTable<Full>& rows, int r, int j,
-                         Look look, bool global, bool edge, bool kept, float& x, float& y, float& slopes) {
+template <bool Full, bool Raw, class Rows>
+FSQ_DEVICE void gradient(const AttentionParams& p, const GradientNumbers& c, const Rows& rows, int r, int j, Look look,
+                         bool global, bool edge, bool kept, float& x, float& y, float& slopes) {
   float tangent;
   const float weight = weigh<Full>(p, c, rows, r, j, look, global, edge, x, tangent);
-  const float ds = weight * (dropped<Full>(c, kept, y) - rows.delta[r]);
+  const float ds = weight * (dropped(c, kept, y) - rows.delta[r]);
   if (Full && p.alibi_slopes && weight != 0) slopes = fma(ds, ::fabsf(float(j - rows.diagonal[r])), slopes);
-  x = dropped<Full>(c, kept, weight);
+  x = dropped(c, kept, weight);
   y = Raw ? ds : ds * tangent;
+}
+
+// Calls `elements` with whether logits need all that weigh<true>() does.
+template <bool Full, class Elements>
+FSQ_DEVICE void by_logits(const GradientNumbers& c, Elements elements) {
+  if constexpr (Full)
+    if (!c.scaled) return elements(std::true_type());
+  elements(std::false_type());
 }
 
 // Whether the table of booleans lets any of the rows see any of the keys; all threads of the block take part.
