@@ -36,6 +36,7 @@ TESTS = {
     "rnn": [
         "tests/test_parity.py",
         "tests/test_cuda_cells.py",
+        "tests/test_cuda_tiers_device.py",
         "tests/test_triton_cells.py",
         "tests/test_triton_graph.py",
     ],
