@@ -36,8 +36,9 @@ def ours(work: AttentionWork) -> Runner | Refusal:
     window = (case.reach()[0], None if case.causal else case.reach()[1]) if case.window else None
     mask = None
     if case.causal or work.tabled:
-        causal = "top-left" if case.causal else None
-        mask = fusedseq.Mask(causal, window, key_lengths=work.key_lengths, global_tokens=work.global_keys)
+        mask = fusedseq.Mask(
+            "top-left" if case.causal else None, window, key_lengths=work.key_lengths, global_tokens=work.global_keys
+        )
 
     def known(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = SEED if case.dropout else None

@@ -48,6 +48,8 @@ ORDERS = [
     "B1H2L40S70E80V130-biasH-softcap-alibi-sinks-dropout-lse",
     "B2H2L50S150E32-left7-right3-global-dense-lse",
     "B1H4K2L90S80E24-packed-biasS-dropout",
+    # Tiles of 32 keys that share dropout's bits of a block of 64, and some that reach into two.
+    "B1H2L150S150E128-packed-dropout",
 ]
 
 
