@@ -334,9 +334,9 @@ struct CudaPlan {
   int rows;   // of a tile
   int units;  // of a rank
   int warps;
-  bool holding;       // of half types, in tiers block and cluster: as many weights as fit lie in registers
-  int shared;         // bytes of a CTA
-  int64_t workspace;  // bytes, zeros where `zeroed`
+  bool holding;        // of half types, in tiers block and cluster: as many weights as fit lie in registers
+  int shared;          // bytes of a CTA
+  int64_t workspace;   // bytes, zeros where `zeroed`
   int64_t packed;      // tier grid: where in the workspace weights lie that are read at every step; 0: there are none
   int64_t second_fed;  // tier step: where in the workspace lies what the products of odd turns take
   bool zeroed;

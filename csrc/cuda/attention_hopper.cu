@@ -20,9 +20,11 @@ template <int W>
 struct Team {
   static constexpr int kConsumers = kQueryConsumers<W>, kRows = kConsumers * kGroupRows;
   static constexpr int kThreads = (kConsumers + 1) * kGroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
+template <int W>
+constexpr int kProducerRegisters = Team<W>::kConsumers == 2 ? 40 : 32;
+template <int W>
+constexpr int kConsumerRegisters = Team<W>::kConsumers == 2 ? 232 : 160;
 // Named barriers: that of values that are cleared, and those of turns.
 enum Named { kCleared = 1, kTurnOfFirst = 2 };
 
@@ -232,10 +234,10 @@ __global__ void __launch_bounds__(Team<W>::kThreads, 1)
   __syncthreads();
   const int group = int(threadIdx.x) / kGroup;
   if (group == 0) {
-    ptx::setmaxnreg_dec<Team<W>::kProducerRegisters>();
+    ptx::setmaxnreg_dec<kProducerRegisters<W>>();
     if (threadIdx.x == 0 && !c.stuck) produce<E, W>(c, schedule, m, &maps.q, &maps.k, &maps.v);
   } else {
-    ptx::setmaxnreg_inc<Team<W>::kConsumerRegisters>();
+    ptx::setmaxnreg_inc<kConsumerRegisters<W>>();
     Consumer<E, W> consumer(c, m, group - 1);
     // The first turn is the first consumer's; at the end it takes up the one that the last leaves.
     if (consumer.which == Team<W>::kConsumers - 1) ptx::barrier_arrive(kTurnOfFirst, 2 * kGroup);

@@ -160,8 +160,7 @@ struct Forward {
   FSQ_DEVICE void save(const CudaScanParams& p, const Spot& s) const {
     if constexpr (kKept > 0) {
       if (p.reserve.data) {
-        S* const reserve =
-            static_cast<S*>(p.reserve.data) + row_at(p, p.reserve, s) + s.d * p.reserve_sd + s.u;
+        S* const reserve = static_cast<S*>(p.reserve.data) + row_at(p, p.reserve, s) + s.d * p.reserve_sd + s.u;
         if (!p.recompute) {
           FSQ_UNROLL
           for (int k = 0; k < kKept; ++k) reserve[k * p.H] = kept[k];
@@ -241,8 +240,8 @@ struct Backward {
   FSQ_DEVICE void run(const CudaScanGradParams& p, S dh, S* fed, S& dc_state, S& carry) {
     const Activations act;
     if constexpr (C == Cell::lstm) {
-      const LstmGrad<S> g = lstm_bwd(saved[0], saved[1], saved[2], saved[3], saved[4], before(), dh,
-                                     dc_state + widen(dc), act);
+      const LstmGrad<S> g =
+          lstm_bwd(saved[0], saved[1], saved[2], saved[3], saved[4], before(), dh, dc_state + widen(dc), act);
       fed[0] = grad[0] = g.di;
       fed[1] = grad[1] = g.df;
       fed[2] = grad[2] = g.dg;

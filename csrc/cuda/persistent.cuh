@@ -13,7 +13,8 @@ namespace FSQ_ISA {
 
 template <class E>
 FSQ_DEVICE void clear(const Slices<E>& s) {
-  for (int i = int(threadIdx.x); i < s.buffers * s.ranks * s.slice(); i += int(blockDim.x)) s.data.store(i, narrow<E>(0));
+  for (int i = int(threadIdx.x); i < s.buffers * s.ranks * s.slice(); i += int(blockDim.x))
+    s.data.store(i, narrow<E>(0));
 }
 
 template <class Channel>
@@ -175,8 +176,8 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
       arrived = m.rh.wait(turn);
       if (arrived)
         multiply<1, kRows>(Task(m.w_n, m.rh.slices, parts), m.w_n, Held<1, 0>(),
-                           packed_panel<Shape, 1>(p, plan, share, panels.first, panels.second), m.rh.slices, 1 - now, parts,
-                           m.sums);
+                           packed_panel<Shape, 1>(p, plan, share, panels.first, panels.second), m.rh.slices, 1 - now,
+                           parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(p);
     }
     FSQ_UNROLL
@@ -315,8 +316,8 @@ FSQ_DEVICE void backward_scan(const CudaScanGradParams& p, const CudaPlan& plan)
       arrived = m.dn.wait(turn);
       if (arrived)
         multiply<1, kRows>(Task(m.w_n, m.dn.slices, parts), m.w_n, Held<1, 0>(),
-                           packed_panel<Shape, 1>(f, plan, share, panels.first, panels.second), m.dn.slices, 1 - now, parts,
-                           m.sums);
+                           packed_panel<Shape, 1>(f, plan, share, panels.first, panels.second), m.dn.slices, 1 - now,
+                           parts, m.sums);
       if (__syncthreads_or(!arrived)) give_up(f);
       FSQ_UNROLL
       for (int n = 0; n < kElements; ++n) {

@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(kThreads) previous_states(CudaScanParams p, Ro
     // Packed rows past their length have no place at all.
     if (t >= length && p.offsets) continue;
     E h = narrow<E>(0);
-    const bool reset =
-        p.resets.data && static_cast<const unsigned char*>(p.resets.data)[row_at(p, p.resets, s)];
+    const bool reset = p.resets.data && static_cast<const unsigned char*>(p.resets.data)[row_at(p, p.resets, s)];
     if (t < length && !reset) {
       const int64_t before = d == 1 ? t + 1 : t - 1;
       if (before >= 0 && before < length)

@@ -29,8 +29,8 @@ FSQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32
     ptx::mma_m16n8k16<E>(d, a, b);
 }
 
-// What arrives from all ranks: one or two buffers of `ranks` slices of `rows` rows of `width` values. Where there is one
-// it is every buffer.
+// What arrives from all ranks: one or two buffers of `ranks` slices of `rows` rows of `width` values. Where there is
+// one it is every buffer.
 template <class E>
 struct Slices {
   SharedSpan<E> data;
@@ -112,7 +112,9 @@ struct Packed {
   static constexpr bool kThere = true;
   const uint4* data;
 
-  FSQ_BOTH static int64_t size(int units, int terms) { return int64_t(units / kUnitTile) * (terms / kTermTile) * N * 32; }
+  FSQ_BOTH static int64_t size(int units, int terms) {
+    return int64_t(units / kUnitTile) * (terms / kTermTile) * N * 32;
+  }
 };
 
 // Where a panel has all that registers do not hold.
@@ -284,8 +286,7 @@ FSQ_DEVICE void multiply_rows(const Task& task, const Panel<E>& w, const Held<N,
       // Loads for as many tiles as there are registers for are under way together.
       constexpr int kDeep = N > 2 ? 2 : 8 / N;
       const int hop = parts * N * 32;
-      const uint4* from =
-          packed.data + (int64_t(task.tile) * (w.terms / kTermTile) + task.part) * N * 32 + lane;
+      const uint4* from = packed.data + (int64_t(task.tile) * (w.terms / kTermTile) + task.part) * N * 32 + lane;
       for (; left > 0; left -= kDeep, from += kDeep * hop) {
         uint4 a[kDeep][N];
         FSQ_UNROLL

@@ -19,8 +19,8 @@ namespace FSQ_ISA {
 // Warps that share a tile of 16 units and split its terms.
 inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warps / (plan.units / 16); }
 
-// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, registers of a thread for weights, and whether
-// these are packed in global memory.
+// What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, registers of a thread for weights, and
+// whether these are packed in global memory.
 struct Wide {
   static constexpr int kWarps = 12, kRows = 16, kElements = 4, kHeld = 0;
   static constexpr bool kPacked = false;

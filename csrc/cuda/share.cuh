@@ -39,9 +39,7 @@ struct Share : Owner {
     mine = int64_t(rank) * units + unit < p.H && row < there ? (there - row + step - 1) / step : 0;
   }
   FSQ_DEVICE int row_of(int n) const { return row + n * step; }
-  FSQ_DEVICE Spot spot(int n, Moment when) const {
-    return {d, b0 + row_of(n), int64_t(rank) * units + unit, when};
-  }
+  FSQ_DEVICE Spot spot(int n, Moment when) const { return {d, b0 + row_of(n), int64_t(rank) * units + unit, when}; }
   // Steps that any row of the tile takes.
   FSQ_DEVICE int64_t steps(const CudaScanParams& p) const {
     if (!p.lengths) return p.T;

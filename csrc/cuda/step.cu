@@ -1,10 +1,10 @@
 // Tier `step`: one launch for each step, or two where a second product must follow (projection, reset before the
 // product). Any H, any dtype, any device; the weights stream through the caches on every step.
 //
-// The caller may form the product of each step itself (StepProduct), by a library that is faster at it: then a launch is
-// what is left of the step. Else the products are tiles of 16 rows x 16 units, 32 terms at a time through shared memory, in the compute type or, of
-// operands rounded to TF32 as they come there, by the tensor cores. A block computes all gates of its units, and the
-// thread of each (row, unit) finishes it.
+// The caller may form the product of each step itself (StepProduct), by a library that is faster at it: then a launch
+// is what is left of the step. Else the products are tiles of 16 rows x 16 units, 32 terms at a time through shared
+// memory, in the compute type or, of operands rounded to TF32 as they come there, by the tensor cores. A block computes
+// all gates of its units, and the thread of each (row, unit) finishes it.
 //
 // Kernels are templates of the operand type E; tensors, and what lies between launches, have the type Stored<E>.
 #include "cuda/element.cuh"
@@ -169,8 +169,8 @@ FSQ_DEVICE void hand_on(const CudaScanParams& p, const StepMemory<E>& m, const S
 }
 
 template <Cell C, class E>
-__global__ void __launch_bounds__(kThreads) step_forward(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i,
-                                                           const void* products) {
+__global__ void __launch_bounds__(kThreads)
+    step_forward(CudaScanParams p, StepMemory<Stored<E>> m, int64_t i, const void* products) {
   typedef Compute<E> S;
   const Spot s = spot(p, time_of(blockIdx.z, i, p.T));
   const bool mine = s.b < p.B && s.u < p.H;
