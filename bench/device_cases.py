@@ -105,7 +105,7 @@ def plans(case: Case) -> dict[str, Any]:
     """How our scans of a recurrent case run: tier, CTAs of a group, rows of a tile, for both passes."""
     if not isinstance(case, RecurrentCase):
         return {}
-    from fusedseq.backends import cuda, cuda_scan
+    from fusedseq.backends import cuda, cuda_products, cuda_scan
 
     if cuda.missing() is not None:
         return {}
@@ -114,7 +114,7 @@ def plans(case: Case) -> dict[str, Any]:
     scan = (case.T, case.B, case.H, case.R, case.D)
     found = {}
     for name, backward in (("forward", False), ("backward", True)):
-        plan = cuda_scan.plan(cuda.core(), x, cell, scan, case.proj > 0, backward, cuda_scan.tf32(x.dtype))
+        plan = cuda_scan.plan(cuda.core(), x, cell, scan, case.proj > 0, backward, cuda_products.tf32(x.dtype))
         found[name] = {"tier": cuda.core().tiers[plan.tier], "ranks": plan.ranks, "rows": plan.rows}
     return found
 

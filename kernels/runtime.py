@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from fusedseq.backends.tensors import matmul_tf32
+
 
 @triton.jit
 def _probe():
@@ -28,13 +30,5 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a product: torch's own switch says whether float32 may be rounded to TF32 on the way in.
-
-    That is `torch.backends.cuda.matmul.fp32_precision`, and before torch 2.9 `allow_tf32`, which must not be read where
-    the new one was set.
-    """
-    if dtype != torch.float32:
-        return "ieee"
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    rounded = torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
-    return "tf32" if rounded else "ieee"
+    """`input_precision` of a product: torch's own switch says whether float32 may be rounded to TF32 on the way in."""
+    return "tf32" if dtype == torch.float32 and matmul_tf32() else "ieee"

@@ -17,7 +17,7 @@ import fusedseq
 from fusedseq import registry
 from fusedseq.backends import cuda
 from fusedseq.backends.cuda_cell import KEPT, Step, pointwise_backward, pointwise_forward
-from fusedseq.backends.cuda_scan import _compute
+from fusedseq.backends.cuda_products import compute
 from fusedseq.reference import gru, lstm
 from fusedseq.testing import DTYPES, judge
 from fusedseq.testing.cases import CELLS, GATES, short
@@ -92,7 +92,7 @@ def test_second_derivatives_of_a_saved_step(cell: str) -> None:
 
 def placed(cell: str, B: int, H: int, how: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What enters the pointwise part of a step and of its backward pass, in these strides."""
-    G, S = GATES[cell], _compute(dtype)
+    G, S = GATES[cell], compute(dtype)
     gh = (2 if cell == "gru_reset_before" else G) * H
     shapes = {"gx": (B, G * H), "gh": (B, gh)} | dict.fromkeys(("h", "c", "dh", "dc"), (B, H))
     # The products are numbers of the dtype as well, so that the peer, which computes in it, is given the same.

@@ -17,7 +17,7 @@ import torch
 
 import fusedseq
 from fusedseq import config, registry
-from fusedseq.backends import cuda, cuda_scan
+from fusedseq.backends import cuda, cuda_products, cuda_scan
 from fusedseq.ops import scan
 from fusedseq.ops.attention import run as attention
 from fusedseq.testing import DTYPES, Case, baseline, check, evaluate, recurrent_tf32
@@ -25,7 +25,7 @@ from fusedseq.testing.attention_cases import AttentionCase, attention_cases
 from fusedseq.testing.attention_compare import check_attention
 from fusedseq.testing.cases import CELLS, GATES, compact_cases, short
 
-BY_DEFAULT = cuda_scan.tf32(torch.float32)  # before a test sets anything
+BY_DEFAULT = cuda_products.tf32(torch.float32)  # before a test sets anything
 HALF_AND_SINGLE = [dtype for dtype in DTYPES.values() if dtype != torch.float64]
 # Sizes that need several ranks of a cluster, and rows that need several tiles.
 CLUSTERED = """
@@ -97,7 +97,7 @@ def test_step_with_products_by_torch(
 ) -> None:
     """As steps with many weights have them."""
     tier("step")
-    monkeypatch.setattr(cuda_scan, "LIBRARY", 0)
+    monkeypatch.setattr(cuda_products, "LIBRARY", 0)
     run(case, dtype, seed=1)
 
 
@@ -170,13 +170,13 @@ def test_tf32_follows_torchs_setting_for_recurrent_layers(monkeypatch: pytest.Mo
     assert BY_DEFAULT, "torch's own recurrent layers use TF32 on a GPU unless told otherwise"
     for allowed in (False, True):
         with recurrent_tf32(allowed):
-            assert cuda_scan.tf32(torch.float32) == allowed
-            assert not any(cuda_scan.tf32(dtype) for dtype in DTYPES.values() if dtype != torch.float32)
+            assert cuda_products.tf32(torch.float32) == allowed
+            assert not any(cuda_products.tf32(dtype) for dtype in DTYPES.values() if dtype != torch.float32)
     rnn = getattr(torch.backends.cudnn, "rnn", None)
     if hasattr(rnn, "fp32_precision"):  # torch 2.9: an operator's own setting goes before the one for all
         with recurrent_tf32(True):
             monkeypatch.setattr(rnn, "fp32_precision", "ieee")
-            assert not cuda_scan.tf32(torch.float32)
+            assert not cuda_products.tf32(torch.float32)
             monkeypatch.undo()
 
 

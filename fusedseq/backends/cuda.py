@@ -19,7 +19,8 @@ import torch
 from fusedseq.backends import cuda_attention
 from fusedseq.backends.cuda_attention import attention_backward, attention_forward
 from fusedseq.backends.cuda_cell import cell_backward, cell_forward
-from fusedseq.backends.cuda_scan import scan_backward, scan_forward, tf32
+from fusedseq.backends.cuda_products import tf32
+from fusedseq.backends.cuda_scan import scan_backward, scan_forward
 from fusedseq.backends.tensors import DTYPES
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedseq.backends import cuda_products as products
 from fusedseq.backends import cuda_scan as scans
 from fusedseq.backends import tensors
 from fusedseq.backends.one_step import cells
@@ -70,7 +71,7 @@ def pointwise_forward(step: Step, w_hn: Tensor | None, dtype: torch.dtype, save:
     """The new states, in `dtype`, that of biases and states. `w_hn` [H, H] is the product in the middle of
     "gru_reset_before". Raises ValueError for a tensor of another shape or dtype."""
     cell, gx = step.cell, step.gx
-    G, S = tensors.GATES[cell], scans._compute(dtype)
+    G, S = tensors.GATES[cell], products.compute(dtype)
     before = cell == "gru_reset_before"
     B, H = gx.shape[0], gx.shape[1] // G
     for name, t, shape, kind in (
@@ -103,7 +104,7 @@ def pointwise_forward(step: Step, w_hn: Tensor | None, dtype: torch.dtype, save:
             reset = torch.empty_like(h_new)
             wide = launch(step.gh, reset, 0)
             assert w_hn is not None
-            wide &= launch(None if step.h is None else scans._product(reset, w_hn.t(), S), h_new, 1)
+            wide &= launch(None if step.h is None else products.product_of(reset, w_hn.t(), S), h_new, 1)
         else:
             wide = launch(step.gh, h_new, 0)
     return States(h_new, c_new, kept if save else None, wide)
@@ -119,7 +120,7 @@ def pointwise_backward(
     cell = step.cell
     B, H = h_new.shape
     dtype, G = h_new.dtype, tensors.GATES[cell]
-    S = scans._compute(dtype)
+    S = products.compute(dtype)
     for name, t, shape, kind in (
         ("kept", kept, (B, KEPT[cell] * H), S), ("h", step.h, (B, H), dtype), ("c", step.c, (B, H), dtype),
         ("dh", dh, (B, H), dtype), ("dc", dc, (B, H), dtype), ("exact", exact, (B, H), S),
@@ -152,7 +153,7 @@ def pointwise_backward(
         wide = launch(None, 0)
         if cell == "gru_reset_before":
             assert w_hn is not None
-            wide &= launch(scans._product(gates[:, 2 * H :], w_hn, S), 1)
+            wide &= launch(products.product_of(gates[:, 2 * H :], w_hn, S), 1)
     return Gradients(gates, inner, dh_past, dc_past, wide)
 
 
@@ -169,12 +170,12 @@ def cell_forward(
     if p.w_hr:  # a projection makes another product of what this kernel would end with
         out: tuple[Tensor, Tensor | None, Tensor | None] = scan_cell_forward(cell, x, h, c, weights, save)
         return out
-    S = scans._compute(x.dtype)
+    S = products.compute(x.dtype)
     with scans._on(x):
         w_hh, w_hn = _recurrent(cell, p.w_hh[0])
-        gh = None if h is None else scans._product(h, w_hh.t(), S)
+        gh = None if h is None else products.product_of(h, w_hh.t(), S)
         b_ih, b_hh = (p.b_ih[0], p.b_hh[0]) if p.b_ih else (None, None)
-        step = Step(cell, scans._product(x, p.w_ih[0].t(), S), gh, b_ih, b_hh, h, c)
+        step = Step(cell, products.product_of(x, p.w_ih[0].t(), S), gh, b_ih, b_hh, h, c)
         new = pointwise_forward(step, w_hn, x.dtype, bool(save))
     if not save:
         return new.h, new.c, None
@@ -205,18 +206,20 @@ def cell_backward(
     kept = reserve[0] if KEPT[cell] else None
     with scans._on(x):
         w_hh, w_hn = _recurrent(cell, p.w_hh[0])
-        exact = _unrounded(x, h, p) if cell == "rnn_tanh" and x.dtype != scans._compute(x.dtype) else None
+        exact = _unrounded(x, h, p) if cell == "rnn_tanh" and x.dtype != products.compute(x.dtype) else None
         d = pointwise_backward(Step(cell, x, None, None, None, h, c), w_hn, kept, h_new, dh, dc, exact)
-        back = scans._product(d.inner[:, : w_hh.shape[0]], w_hh, scans._compute(x.dtype))
+        back = products.product_of(d.inner[:, : w_hh.shape[0]], w_hh, products.compute(x.dtype))
         dh_prev = (back if d.h is None else back.add_(d.h)).to(x.dtype)
-        dx = scans._product(d.gates, p.w_ih[0], x.dtype) if need_dx else None
+        dx = products.product_of(d.gates, p.w_ih[0], x.dtype) if need_dx else None
         return dx, dh_prev, d.c, _weight_gradients(cell, x, h, p, d, kept) if need_dw else []
 
 
 def _unrounded(x: Tensor, h: Tensor | None, p: scans._Parameters) -> Tensor:
     """The state after a step of "rnn_tanh" in float32, formed again: 1 - h^2 keeps few digits of an h near 1 that has
     been rounded to a half type."""
-    gx, gh = (None if t is None else scans._product(t, w[0].t(), torch.float32) for t, w in ((x, p.w_ih), (h, p.w_hh)))
+    gx, gh = (
+        None if t is None else products.product_of(t, w[0].t(), torch.float32) for t, w in ((x, p.w_ih), (h, p.w_hh))
+    )
     assert gx is not None
     b_ih, b_hh = (b[0].float() if b else None for b in (p.b_ih, p.b_hh))
     return pointwise_forward(Step("rnn_tanh", gx, gh, b_ih, b_hh, None, None), None, torch.float32, False).h
@@ -230,7 +233,7 @@ def _weight_gradients(
     dtype, H = x.dtype, p.w_hh[0].shape[1]
 
     def total(gradients: Tensor) -> Tensor:
-        return gradients.sum(0, dtype=scans._compute(dtype)).to(dtype)
+        return gradients.sum(0, dtype=products.compute(dtype)).to(dtype)
 
     if h is None:
         d_hh = torch.zeros_like(p.w_hh[0])
@@ -238,10 +241,10 @@ def _weight_gradients(
         assert kept is not None
         rh = (kept[:, :H] * h).to(dtype)
         pairs = (d.inner[:, : 2 * H], h), (d.inner[:, 2 * H :], rh)
-        d_hh = torch.cat([scans._product(g.t(), entered, dtype) for g, entered in pairs])
+        d_hh = torch.cat([products.product_of(g.t(), entered, dtype) for g, entered in pairs])
     else:
-        d_hh = scans._product(d.inner.t(), h, dtype)
-    d_ih = scans._product(d.gates.t(), x, dtype)
+        d_hh = products.product_of(d.inner.t(), h, dtype)
+    d_ih = products.product_of(d.gates.t(), x, dtype)
     if not p.b_ih:
         return [d_ih, d_hh]
     b_ih = total(d.gates)

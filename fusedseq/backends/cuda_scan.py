@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,59 +19,14 @@ from torch import Tensor
 
 from fusedseq import config
 from fusedseq.backends import tensors
+from fusedseq.backends.cuda_products import WORKSPACE_UNIT, aligned, compute, product_of, product_of_steps, tf32
 from fusedseq.backends.reference import Save, reserve_like
-
-_HALF = (torch.bfloat16, torch.float16)
-_WORKSPACE_UNIT = 256
-# Weights of a direction from which on tier step has torch's library form its products: a call of it costs some 90 us on
-# the host, the kernel's own product as much with so many weights.
-LIBRARY = 2**21
 
 
 def _core() -> Any:
     from fusedseq.backends import cuda
 
     return cuda.core()
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tf32(dtype: torch.dtype) -> bool:
-    """Whether the products of the recurrence may round their operands to TF32: 10 bits of mantissa, float32 sums.
-
-    What torch's own recurrent layers ask on a GPU: `torch.backends.cudnn.rnn.fp32_precision`, and before torch 2.9
-    `torch.backends.cudnn.allow_tf32`. Read by every call, forward and backward alike.
-    """
-    if dtype != torch.float32:
-        return False
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    precision = getattr(rnn, "fp32_precision", None)
-    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
-
-
-@functools.cache
-def _wide_products() -> bool:
-    """Whether torch multiplies halves into float32."""
-    return hasattr(torch.ops.aten.mm, "dtype")
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] x [K, N]
-    """a b in `dtype`, summed in float32 at least and rounded once."""
-    if a.dtype not in _HALF:
-        return a @ b
-    if a.is_cuda and a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and _wide_products():
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a.float() @ b.float()).to(dtype)
-
-
-def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [D, M, K] x [D, K, N]
-    if a.dtype in _HALF and a.is_cuda and _wide_products():
-        return torch.bmm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 class _Layout(NamedTuple):
@@ -196,43 +151,7 @@ def check_fault(device: torch.device) -> None:
 def _workspace(x: Tensor, chosen: Any) -> Tensor:
     """Memory for one call. Given back when the call returns, it is reused only by later work on the same stream."""
     make = torch.zeros if chosen.zeroed else torch.empty
-    return make(chosen.workspace + _WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
-
-
-def _product_of_steps(
-    core: Any, cell: str, chosen: Any, workspace: Tensor, weights: list[Tensor], B: int, backward: bool, rounded: bool
-) -> Callable[[int], int] | None:
-    """Tier `step`: the recurrent product of a turn by torch's library, its address; None where the kernel forms it.
-
-    weights: W_hh [G*H, R] of each direction.
-    """
-    single = weights[0].dtype == torch.float32
-    if core.tiers[chosen.tier] != "step" or cell == "gru_reset_before" or weights[0].numel() < LIBRARY:
-        return None
-    if single and not rounded and weights[0].is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        return None  # torch would round what must not be rounded
-    D, K = len(weights), weights[0].shape[0 if backward else 1]
-    first = _aligned(workspace) - workspace.data_ptr()
-    size = D * B * K * weights[0].element_size()
-    fed = [
-        workspace[first + at : first + at + size].view(weights[0].dtype).view(D, B, K) for at in (0, chosen.second_fed)
-    ]
-    factors = [w if backward else w.t() for w in weights]
-    factor = factors[0] if D == 1 else torch.stack(factors)
-    S = _compute(factor.dtype)
-    kept: list[Tensor] = []
-
-    def product(turn: int) -> int:
-        state = fed[turn & 1]
-        made = _product(state[0], factor, S) if D == 1 else _products(state, factor, S)
-        kept[:] = [made]  # until the next launch is enqueued
-        return made.data_ptr()
-
-    return product
-
-
-def _aligned(memory: Tensor) -> int:
-    return -(-memory.data_ptr() // _WORKSPACE_UNIT) * _WORKSPACE_UNIT
+    return make(chosen.workspace + WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
 
 
 def scan_forward(
@@ -254,7 +173,7 @@ def scan_forward(
     D = 2 if bidirectional else 1
     T, B, _, H, R, _ = tensors.sizes(cell, x, h0, weights, D, batch_first, batch_sizes)
     p = _Parameters.of(weights, D)
-    S, G = _compute(x.dtype), tensors.GATES[cell]
+    S, G = compute(x.dtype), tensors.GATES[cell]
     h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
     make = x.new_empty if lengths is None else x.new_zeros
     y = make((*x.shape[:-1], D * R))
@@ -273,7 +192,7 @@ def scan_forward(
     sizes = (T, B, H, R, D)
     core = _core()
     with _on(x) as stream:
-        gates = _product(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
+        gates = product_of(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
         rounded = tf32(x.dtype)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False, rounded)
         workspace = _workspace(x, chosen)
@@ -286,9 +205,9 @@ def scan_forward(
                 "h0": tensors.pointer(h0), "c0": tensors.pointer(c0), "resets": layout.given(resets),
                 "y": layout.given(y), "c_all": layout.given(c_all), "h_n": h_n.data_ptr(), "c_n": tensors.pointer(c_n),
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-                "recompute": save == Save.STATES, "tf32": rounded, "workspace": _aligned(workspace), "stream": stream,
+                "recompute": save == Save.STATES, "tf32": rounded, "workspace": aligned(workspace), "stream": stream,
                 "fault": _fault_word(str(x.device)).data_ptr(),
-                "product": _product_of_steps(core, cell, chosen, workspace, p.w_hh, B, False, rounded),
+                "product": product_of_steps(core, cell, chosen, workspace, p.w_hh, B, False, rounded),
             },
         )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
@@ -353,7 +272,7 @@ def scan_backward(
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
             "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
-            "tf32": rounded, "workspace": _aligned(workspace), "stream": stream,
+            "tf32": rounded, "workspace": aligned(workspace), "stream": stream,
             "fault": _fault_word(str(x.device)).data_ptr(),
         }  # fmt: skip
         core.scan_backward(
@@ -363,10 +282,10 @@ def scan_backward(
                 "dc_n": tensors.pointer(dc_n), "dgates": layout.dense(dgates, D * G * H),
                 "dhn": layout.dense(dhn, D * H), "dh": layout.dense(dh, D * R), "dh0": dh0.data_ptr(),
                 "dc0": tensors.pointer(dc0),
-                "product": _product_of_steps(core, cell, chosen, workspace, p.w_hh, B, True, rounded),
+                "product": product_of_steps(core, cell, chosen, workspace, p.w_hh, B, True, rounded),
             },
         )  # fmt: skip
-        dx = _product(dgates, _joined(p.w_ih), x.dtype).view(x.shape) if need_dx else None
+        dx = product_of(dgates, _joined(p.w_ih), x.dtype).view(x.shape) if need_dx else None
         if not need_dw:
             return dx, dh0, dc0, []
         previous = x.new_empty((layout.rows, D * R))
@@ -394,9 +313,9 @@ def _weight_gradients(
     reserve: Tensor,  # [D, N, S*H]
 ) -> list[Tensor]:
     """In the order of the flat list. Sums over all N rows, one product for each weight."""
-    dtype, S, D = x.dtype, _compute(x.dtype), len(p.w_hh)
+    dtype, S, D = x.dtype, compute(x.dtype), len(p.w_hh)
     H = p.w_hh[0].shape[0] // tensors.GATES[cell]
-    d_ih = _product(dgates.t(), x, dtype).chunk(D)
+    d_ih = product_of(dgates.t(), x, dtype).chunk(D)
     sums = dgates.sum(0, dtype=S).to(dtype).chunk(D) if p.b_ih else ()
     out: list[Tensor] = []
     for d in range(D):
@@ -405,18 +324,18 @@ def _weight_gradients(
         if cell == "gru":
             assert dhn is not None
             inner = dhn.chunk(D, 1)[d]
-            d_hh = torch.cat([_product(mine[:, : 2 * H].t(), h, dtype), _product(inner.t(), h, dtype)])
+            d_hh = torch.cat([product_of(mine[:, : 2 * H].t(), h, dtype), product_of(inner.t(), h, dtype)])
             if bias is not None:
                 bias = torch.cat([bias[: 2 * H], inner.sum(0, dtype=S).to(dtype)])
         elif cell == "gru_reset_before":
             rh = (reserve[d, :, :H] * h).to(dtype)
-            d_hh = torch.cat([_product(mine[:, : 2 * H].t(), h, dtype), _product(mine[:, 2 * H :].t(), rh, dtype)])
+            d_hh = torch.cat([product_of(mine[:, : 2 * H].t(), h, dtype), product_of(mine[:, 2 * H :].t(), rh, dtype)])
         else:
-            d_hh = _product(mine.t(), h, dtype)
+            d_hh = product_of(mine.t(), h, dtype)
         out += [d_ih[d].contiguous(), d_hh]
         if bias is not None:
             out += [sums[d].clone(), bias.clone()]
         if dh is not None:
             inside = (reserve[d, :, 3 * H : 4 * H] * reserve[d, :, 4 * H :].tanh()).to(dtype)
-            out.append(_product(dh.chunk(D, 1)[d].t(), inside, dtype))
+            out.append(product_of(dh.chunk(D, 1)[d].t(), inside, dtype))
     return out

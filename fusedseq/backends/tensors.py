@@ -27,6 +27,13 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def matmul_tf32() -> bool:
+    """Whether torch's matrix products may round float32 to TF32: `torch.backends.cuda.matmul.fp32_precision`, before
+    torch 2.9 `allow_tf32`, which must not be read where the new one was set."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return bool(torch.backends.cuda.matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
