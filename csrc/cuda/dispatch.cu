@@ -85,7 +85,7 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
       one.holding = shape == 2;
       one.packed = shape > 2;
       one.workspace = 0;
-      if (one.packed && (tier != CudaTier::grid || p.dtype == DType::f32 || one.warps > Streaming::kWarps)) continue;
+      if (one.packed && (tier != CudaTier::grid || p.dtype == DType::f32)) continue;
       if (one.rows == 16 && p.B <= 8) continue;
       const int elements = one.holding ? Holding::kElements : Wide::kElements;
       if (one.rows * one.units > 32 * one.warps * elements) continue;

@@ -22,12 +22,10 @@ inline __host__ __device__ int parts_of(const CudaPlan& plan) { return plan.warp
 // What a CTA is compiled for: warps, rows, (row, unit) pairs of a thread, registers of a thread for weights, and
 // whether these are packed in global memory.
 struct Wide {
-  static constexpr int kWarps = 12, kRows = 16, kElements = 4, kHeld = 0;
+  static constexpr int kWarps = 8, kRows = 16, kElements = 4, kHeld = 0;
   static constexpr bool kPacked = false;
 };
-// Loads under way take registers, so it has fewer threads.
-struct Streaming {
-  static constexpr int kWarps = 8, kRows = 16, kElements = 4, kHeld = 0;
+struct Streaming : Wide {
   static constexpr bool kPacked = true;
 };
 // 256 threads have 255 registers each. All else needs about 160 of them, so 88 hold weights: of an LSTM's 4 gates by 5
