@@ -169,19 +169,7 @@ __global__ void __launch_bounds__(Keys<E, W, PLAIN>::kThreads)
 
 template <class E, int W, bool PLAIN>
 std::string launch(const CudaAttentionGradParams& g) {
-  typedef Keys<E, W, PLAIN> K;
-  const AttentionParams& p = g.fwd.a;
-  const KeysLayout layout{
-      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout),
-      even_queries<K::kThreads, W>(p)};
-  const int64_t tiles = layout.tiles * (p.cu_k ? 1 : p.B) * p.Hkv;
-  if (tiles == 0) return "";
-  SharedArena arena;
-  K::carve(arena, p.dropout);
-  Launch launch("attention_backward_keys", describe(p), dim3(unsigned(tiles)), dim3(K::kThreads));
-  launch.shared = arena.bytes();
-  launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
-  return run(&attention_backward_keys_kernel<E, W, PLAIN>, launch, g, layout);
+  return launch_keys<Keys<E, W, PLAIN>, W>(&attention_backward_keys_kernel<E, W, PLAIN>, g);
 }
 
 }  // namespace

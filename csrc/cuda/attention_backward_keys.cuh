@@ -56,5 +56,22 @@ bool even_queries(const AttentionParams& p) {
   return THREADS / (W / kChunk) % (p.Hq / p.Hkv) == 0;
 }
 
+// K is what the kernel is compiled for.
+template <class K, int W>
+std::string launch_keys(void (*kernel)(CudaAttentionGradParams, KeysLayout), const CudaAttentionGradParams& g) {
+  const AttentionParams& p = g.fwd.a;
+  const KeysLayout layout{
+      tile_count(p, p.S, 1, K::kOwn), section(p), aligned(p.q), aligned(p.k), aligned(p.v), aligned(g.dout),
+      even_queries<K::kThreads, W>(p)};
+  const int64_t tiles = layout.tiles * (p.cu_k ? 1 : p.B) * p.Hkv;
+  if (tiles == 0) return "";
+  SharedArena arena;
+  K::carve(arena, p.dropout);
+  Launch launch("attention_backward_keys", describe(p), dim3(unsigned(tiles)), dim3(K::kThreads));
+  launch.shared = arena.bytes();
+  launch.stream = static_cast<cudaStream_t>(g.fwd.stream);
+  return run(kernel, launch, g, layout);
+}
+
 }  // namespace FSQ_ISA
 }  // namespace fusedseq
