@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Team<W>::kThreads, 1)
     attention_hopper(const __grid_constant__ CudaAttentionParams c, const __grid_constant__ Maps maps,
                      const Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  DeviceArena arena;
+  SharedArena arena = dynamic_shared();
   const Memory<E, W> m = Memory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise();
   __syncthreads();

@@ -24,31 +24,6 @@ constexpr uint32_t kLongestWait = 4000000000;                                   
 template <int W>
 constexpr int kQueryConsumers = W == 64 ? 3 : 2;
 
-// SharedArena for the device alone. That one asks whether it has a base, which keeps nvcc from knowing that what it
-// hands out is shared memory: addresses take twice the registers, and loads are generic.
-class DeviceArena {
- public:
-#ifdef FSQ_EMULATE
-  FSQ_DEVICE DeviceArena() : base_(emulator::shared_base()), used_(0) {}
-#else
-  FSQ_DEVICE DeviceArena() : used_(0) {
-    extern __shared__ __align__(1024) char fsq_shared[];
-    base_ = fsq_shared;
-  }
-#endif
-  template <class T>
-  FSQ_DEVICE SharedSpan<T> take(int size, int align = 16) {
-    used_ = (used_ + align - 1) / align * align;
-    char* const data = base_ + used_;
-    used_ += size * int(sizeof(T));
-    return SharedSpan<T>(data, size);
-  }
-
- private:
-  char* base_;
-  int used_;
-};
-
 template <int N>
 FSQ_DEVICE float (&flat(float (&tiles)[N][4]))[4 * N] {
   return reinterpret_cast<float (&)[4 * N]>(tiles);

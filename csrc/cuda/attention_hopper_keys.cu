@@ -211,7 +211,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kGroup, 1)
     attention_hopper_keys_kernel(const __grid_constant__ CudaAttentionGradParams g,
                                  const __grid_constant__ GradientMaps maps, const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  DeviceArena arena;
+  SharedArena arena = dynamic_shared();
   const GradientMemory<E, W, kConsumers> m = GradientMemory<E, W, kConsumers>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1 + 32, 2);  // tensors and tables
   __syncthreads();

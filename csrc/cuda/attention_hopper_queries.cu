@@ -152,7 +152,7 @@ __global__ void __launch_bounds__((kQueryConsumers<W> + 1) * kGroup, 1)
                                     const __grid_constant__ GradientMaps maps,
                                     const __grid_constant__ Schedule schedule) {
 #if defined(FSQ_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  DeviceArena arena;
+  SharedArena arena = dynamic_shared();
   const Memory<E, W> m = Memory<E, W>::carve(arena);
   if (threadIdx.x == 0) m.initialise(1, 1);
   __syncthreads();
