@@ -84,11 +84,11 @@ def peers(case: Case) -> list[str]:
     return ["fusedseq", "torch", *(["triton"] if not isinstance(case, RecurrentCase) or case.B >= 512 else [])]
 
 
-def _on_tier(runner: Runner, tier: str) -> Runner:
+def _under(runner: Runner, **settings: str) -> Runner:
     def within(call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             before = config.settings
-            config.settings = replace(before, cuda_tier=tier)
+            config.settings = replace(before, **settings)  # type: ignore[arg-type]
             try:
                 return call()
             finally:
@@ -109,7 +109,10 @@ def look(case: Case, budget: float = BUDGET, names: Sequence[str] | None = None)
         else:
             runners[name] = built
     if isinstance(case, RecurrentCase) and "fusedseq" in runners and case.device == "cuda":
-        runners |= {f"tier {tier}": _on_tier(runners["fusedseq"], tier) for tier in TIERS}
+        ours = runners["fusedseq"]
+        runners |= {f"tier {tier}": _under(ours, cuda_tier=tier) for tier in TIERS}
+        runners["direct"] = _under(ours, cuda_products="direct")
+        runners["tier step, direct"] = _under(ours, cuda_tier="step", cuda_products="direct")
     results: dict[str, Outcome] = {}
     chosen: dict[str, str] = {}
     for name in list(runners):

@@ -1,6 +1,6 @@
 """The compiled core. csrc/fusedseq.h states what each argument means; fusedseq.backends.cpu is its only caller."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -138,19 +138,13 @@ class Step:
         projection: bool,
         /,
     ) -> None: ...
-    def __call__(
+    # A function of threads, x, h0, c0, y, h_n, c_n, weights and reserve.
+    @property
+    def run(
         self,
-        threads: int,
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor | None,
-        y: Tensor,
-        h_n: Tensor,
-        c_n: Tensor | None,
-        weights: Sequence[Tensor],
-        reserve: Tensor | None,
-        /,
-    ) -> None: ...
+    ) -> Callable[
+        [int, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Sequence[Tensor], Tensor | None], None
+    ]: ...
     def backward(
         self,
         threads: int,

@@ -17,6 +17,9 @@ CUDA_TIERS = ("step", "block", "cluster", "grid")
 # Which kernels the cuda backend has for attention; docs/gpu-attention-hopper.md.
 CUDA_ATTENTION = ("mma", "hopper")
 
+# Who calls the vendor's library for the products of the cuda backend; docs/gpu-scans.md.
+CUDA_PRODUCTS = ("torch", "direct")
+
 # How the names begin of variables that change what runs or how fast, ours and those of the libraries beneath.
 _RELATED = (
     "FUSEDSEQ_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TORCH", "TRITON_",
@@ -39,6 +42,7 @@ class Settings:
     autotune: bool = False
     cuda_tier: str | None = None
     cuda_attention: str | None = None
+    cuda_products: str | None = None
 
 
 def _one_of(environ: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str | None:
@@ -79,6 +83,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         autotune=_flag(environ, "FUSEDSEQ_AUTOTUNE"),
         cuda_tier=_one_of(environ, "FUSEDSEQ_CUDA_TIER", CUDA_TIERS),
         cuda_attention=_one_of(environ, "FUSEDSEQ_CUDA_ATTENTION", CUDA_ATTENTION),
+        cuda_products=_one_of(environ, "FUSEDSEQ_CUDA_PRODUCTS", CUDA_PRODUCTS),
         # Triton's own variable, and its own reading of it.
         interpret=environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +100,22 @@ def ran() -> Ran:
 def cases() -> Cases:
     """The emulator's own test kernels."""
     return Cases()
+
+
+@pytest.fixture(scope="session")
+def _stand_in(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from stand_in import build  # not before TRITON_INTERPRET is set
+
+    return build(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def stand_in(_stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA backend calls the vendor's library itself, for weights of any number, and a stand-in answers."""
+    from fusedseq import config
+    from fusedseq.backends import cuda_products
+
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_products="direct"))
+    monkeypatch.setattr(cuda_products, "DIRECTLY", 0)
+    monkeypatch.setattr(cuda_products, "LIBRARY_WORKSPACE", 2**20)  # all of it is filled with NaN each time
+    return _stand_in

@@ -14,6 +14,7 @@ from typing import Any
 import cuda_emulated
 import pytest
 import torch
+from stand_in import StandIn
 
 import fusedseq
 from fusedseq import config, registry
@@ -97,8 +98,18 @@ def test_step_with_products_by_torch(
 ) -> None:
     """As steps with many weights have them."""
     tier("step")
-    monkeypatch.setattr(cuda_products, "LIBRARY", 0)
+    monkeypatch.setattr(cuda_products, "THROUGH_TORCH", 0)
     run(case, dtype, seed=1)
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMPACT)
+def test_step_with_products_by_the_library(case: Case, dtype: torch.dtype, tier: Any, stand_in: StandIn) -> None:
+    """The same with the backend's own calls of it, to which a stand-in answers on the CPU."""
+    tier("step")
+    before = stand_in.products
+    run(case, dtype, seed=1)
+    recurrent = case.T and case.B and case.cell != "gru_reset_before"
+    assert stand_in.products - before >= (2 * case.T * (2 if case.bidirectional else 1) if recurrent else 0)
 
 
 @pytest.mark.parametrize(("case", "dtype"), COMPACT)
@@ -141,6 +152,14 @@ PROJECTED = "T5B6I4H19-proj7-bi-lengths0-resets"
 def test_tf32(name: str, case: Case, tier: Any) -> None:
     tier(name)
     run(case, torch.float32, seed=11 + TIERS.index(name), tf32=True, sms=4)
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=lambda case: case.id(torch.float32))
+def test_tf32_by_the_library(case: Case, tier: Any, stand_in: StandIn) -> None:
+    tier("step")
+    before = stand_in.rounded
+    run(case, torch.float32, seed=16, tf32=True, sms=4)
+    assert (stand_in.rounded > before) is (case.cell != "gru_reset_before")
 
 
 def test_tf32_of_a_projection() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import fusedseq
 from fusedseq import config, registry
-from fusedseq.backends import cuda, cuda_scan
+from fusedseq.backends import cuda, cuda_products, cuda_scan
 from fusedseq.ops import scan
 from fusedseq.testing import Case, check
 from fusedseq.testing.cases import CELLS, short
@@ -48,6 +48,16 @@ def on_tier(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", TIERS)
 def test_cuda_tiers(name: str, text: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     on_tier(name, Case.parse(cell, text), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [*HALF_AND_SINGLE, torch.float64], ids=short)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("text", SMALL + LARGE)
+def test_cuda_products_past_torch(text: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier step, with the vendor's library called by the backend itself."""
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_products="direct"))
+    monkeypatch.setattr(cuda_products, "DIRECTLY", 0)
+    on_tier("step", Case.parse(cell, text), dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)

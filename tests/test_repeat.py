@@ -297,7 +297,77 @@ def test_a_refused_step_names_the_argument():
         _cpu.Step(cpu._local, 0, 0, (2, 1, 3, 4, 4, 1), 3, 1, True, False)
     step = _cpu.Step(cpu._local, 0, 0, (1, 1, 3, 4, 4, 1), 3, 1, True, False)
     t = torch.zeros(4)
+    run = step.run
+    del step  # what it belongs to stays alive
     with pytest.raises(TypeError, match="list of 4 tensors"):
-        step(1, t, t, t, t, t, t, [t, t], None)
+        run(1, t, t, t, t, t, t, [t, t], None)
     with pytest.raises(AttributeError, match="data_ptr"):
-        step(1, 5, t, t, t, t, t, [t, t, t, t], None)
+        run(1, 5, t, t, t, t, t, [t, t, t, t], None)
+    with pytest.raises(TypeError, match="9 arguments, got 1"):
+        run(1)
+    with pytest.raises(TypeError, match="int"):
+        run("1", t, t, t, t, t, t, [t, t, t, t], None)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_bad_arguments_after_a_learned_step_are_torchs_errors(name):
+    module, stock = make(name, {}), getattr(torch.nn, name)(I, H)
+    x, hx = ready(module)
+    h = hx[0] if isinstance(hx, tuple) else hx
+    bad = [(x.tolist(), hx), (None, hx), (x, 5), (x, [h] * 3), (x, (h, 5)), (x.double(), hx)]
+    bad += [(x[..., 1:], hx), (x, h[..., 1:])]
+    for arguments in bad:
+        with torch.no_grad(), pytest.raises(Exception) as ours:
+            module(*arguments)
+        with torch.no_grad(), pytest.raises(Exception) as theirs:
+            stock(*arguments)
+        assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value)), arguments[1]
+
+
+def test_a_state_in_a_list_repeats_too(monkeypatch):
+    module = make("LSTM", {})
+    x, hx = ready(module)
+    taken = short_ways(module, monkeypatch)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(flat(module(x, hx)), flat(module(x, list(hx))), strict=True))
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_more_than_a_plain_step_takes_the_long_way(name, monkeypatch):
+    module = make(name, {})
+    x, hx = ready(module)
+    taken = short_ways(module, monkeypatch)
+    with torch.no_grad():
+        for given in ({"resets": torch.zeros(1, B, dtype=torch.bool)}, {"lengths": torch.ones(B, dtype=torch.int64)}):
+            torch.testing.assert_close(flat(module(x, hx, **given)), flat(module(x, hx)))
+        assert len(taken) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_without_a_state(name, mode, monkeypatch):
+    module, long = make(name, LAYERS[name]), make(name, LAYERS[name])
+    long._expect = lambda *a: None
+    x, _ = start(module)
+    with mode():
+        for _ in range(3):
+            module(x)
+        taken = short_ways(module, monkeypatch)
+        for _ in range(2):
+            for a, b in zip(flat(module(x)), flat(long(x)), strict=True):
+                assert torch.equal(a, b)
+        assert len(taken) == 2
+        ours, theirs = module(x), long(x)
+        for a, b in zip(flat(module(x, ours[1])), flat(long(x, theirs[1])), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_step_without_a_state_after_steps_with_one(monkeypatch):
+    module = make("GRU", {})
+    x, hx = ready(module)
+    taken = short_ways(module, monkeypatch)
+    with torch.no_grad():
+        got, expected = flat(module(x)), flat(module(x, torch.zeros_like(hx)))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(taken) == 2

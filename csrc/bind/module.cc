@@ -196,12 +196,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def_readonly("bytes", &Panels::bytes);
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
-  py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled; called with tensors.")
+  py::class_<Step>(m, "Step", "One step of a stack of layers whose sizes are settled.")
       .def(py::init<const py::object&, int, int, const py::tuple&, int64_t, int, bool, bool>())
-      .def("__call__",
-           [](const Step& step, int threads, const py::handle& x, const py::handle& h0, const py::handle& c0,
-              const py::handle& y, const py::handle& h_n, const py::handle& c_n, const py::handle& weights,
-              const py::handle& reserve) { step.run(*active, threads, x, h0, c0, y, h_n, c_n, weights, reserve); })
+      .def_property_readonly("run", [](const py::object& step) { return run_function(step, &active); })
       .def("backward", [](const Step& step, int threads, const py::handle& dh, const py::handle& dc,
                           const py::handle& x, const py::handle& h0, const py::handle& c0, const py::handle& h_n,
                           const py::handle& reserve, const py::handle& weights, const py::handle& dx,

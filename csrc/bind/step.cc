@@ -53,6 +53,32 @@ void take(Tensors& all, int64_t directions, bool bias, bool projection, T* (&w_i
   }
 }
 
+constexpr char kBound[] = "fusedseq.Step.run";
+struct Bound {
+  const py::object keep;
+  const Step& step;
+  const CpuTable* const* active;
+};
+
+PyObject* run_bound(PyObject* self, PyObject* const* a, Py_ssize_t count) {
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "a step takes 9 arguments, got %zd", count);
+  const int threads = int(PyLong_AsLong(a[0]));
+  if (threads == -1 && PyErr_Occurred()) return nullptr;
+  const Bound& bound = *static_cast<const Bound*>(PyCapsule_GetPointer(self, kBound));
+  try {
+    bound.step.run(**bound.active, threads, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]);
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (const py::builtin_exception& e) {
+    e.set_error();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  Py_RETURN_NONE;
+}
+
 struct Buffer {
   explicit Buffer(size_t bytes) : data(bytes ? static_cast<char*>(malloc(bytes)) : nullptr) {
     if (bytes && !data) throw std::bad_alloc();
@@ -63,6 +89,16 @@ struct Buffer {
 };
 
 }  // namespace
+
+py::object run_function(const py::object& step, const CpuTable* const* active) {
+  static PyMethodDef method = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_bound)),
+                               METH_FASTCALL, "One step; see Step."};
+  const py::capsule bound(new Bound{step, step.cast<const Step&>(), active}, kBound,
+                          [](PyObject* capsule) { delete static_cast<Bound*>(PyCapsule_GetPointer(capsule, kBound)); });
+  PyObject* const function = PyCFunction_New(&method, bound.ptr());
+  if (!function) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(function);
+}
 
 Step::Step(const py::object& local, int cell, int dtype, const py::tuple& sizes, int64_t x_stride, int layers,
            bool bias, bool projection)

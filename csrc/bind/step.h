@@ -40,4 +40,8 @@ class Step {
   int64_t x_stride_;
 };
 
+// `run` of a Python object `step` as a builtin function of the same arguments, with the table that stands at `active`
+// when it is called. A step is a few microseconds, and pybind11's way to a method takes half of one.
+pybind11::object run_function(const pybind11::object& step, const CpuTable* const* active);
+
 }  // namespace fusedseq

@@ -205,9 +205,9 @@ def cell_backward(
 def step(cell: str, x: Tensor, weights: Sequence[Tensor], layers: int, bidirectional: bool) -> Any:
     """One step of a stack of layers, for calls that repeat; x is [B, I]. None: strides too unusual.
 
-    What comes back is a `_cpu.Step`: called with threads, x, h0, c0, y, h_n, c_n, weights and reserve of the very same
-    shapes and strides it runs the step. With one layer and direction its `backward` is that of `cell_backward`, in
-    types that need no conversion. All but x are dense.
+    What comes back is a `_cpu.Step`: its `run`, called with threads, x, h0, c0, y, h_n, c_n, weights and reserve of the
+    very same shapes and strides, takes the step. With one layer and direction its `backward` is that of
+    `cell_backward`, in types that need no conversion. All but x are dense.
     """
     directions = 2 if bidirectional else 1
     per = len(weights) // (layers * directions)

@@ -170,12 +170,12 @@ def cell_forward(
     if p.w_hr:  # a projection makes another product of what this kernel would end with
         out: tuple[Tensor, Tensor | None, Tensor | None] = scan_cell_forward(cell, x, h, c, weights, save)
         return out
-    S = products.compute(x.dtype)
-    with scans._on(x):
+    S, core = products.compute(x.dtype), scans._core()
+    with scans._on(x) as stream:
         w_hh, w_hn = _recurrent(cell, p.w_hh[0])
-        gh = None if h is None else products.product_of(h, w_hh.t(), S)
+        gh = None if h is None else products.product_of(h, w_hh.t(), S, core, stream)
         b_ih, b_hh = (p.b_ih[0], p.b_hh[0]) if p.b_ih else (None, None)
-        step = Step(cell, products.product_of(x, p.w_ih[0].t(), S), gh, b_ih, b_hh, h, c)
+        step = Step(cell, products.product_of(x, p.w_ih[0].t(), S, core, stream), gh, b_ih, b_hh, h, c)
         new = pointwise_forward(step, w_hn, x.dtype, bool(save))
     if not save:
         return new.h, new.c, None
@@ -204,11 +204,12 @@ def cell_backward(
         )
         return out
     kept = reserve[0] if KEPT[cell] else None
-    with scans._on(x):
+    with scans._on(x) as stream:
         w_hh, w_hn = _recurrent(cell, p.w_hh[0])
         exact = _unrounded(x, h, p) if cell == "rnn_tanh" and x.dtype != products.compute(x.dtype) else None
         d = pointwise_backward(Step(cell, x, None, None, None, h, c), w_hn, kept, h_new, dh, dc, exact)
-        back = products.product_of(d.inner[:, : w_hh.shape[0]], w_hh, products.compute(x.dtype))
+        S = products.compute(x.dtype)
+        back = products.product_of(d.inner[:, : w_hh.shape[0]], w_hh, S, scans._core(), stream)
         dh_prev = (back if d.h is None else back.add_(d.h)).to(x.dtype)
         dx = products.product_of(d.gates, p.w_ih[0], x.dtype) if need_dx else None
         return dx, dh_prev, d.c, _weight_gradients(cell, x, h, p, d, kept) if need_dw else []

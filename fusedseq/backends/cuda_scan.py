@@ -192,10 +192,11 @@ def scan_forward(
     sizes = (T, B, H, R, D)
     core = _core()
     with _on(x) as stream:
-        gates = product_of(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S)
+        gates = product_of(x.reshape(layout.rows, x.shape[-1]), _joined(p.w_ih).t(), S, core, stream)
         rounded = tf32(x.dtype)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), False, rounded)
         workspace = _workspace(x, chosen)
+        product, _kept = product_of_steps(core, cell, chosen, workspace, p.w_hh, B, False, rounded, stream)
         width = 0 if reserve is None else reserve.shape[2]
         core.scan_forward(
             chosen, tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes,
@@ -207,7 +208,7 @@ def scan_forward(
                 "reserve": layout.dense(reserve, width) if width else None, "reserve_sd": layout.rows * width,
                 "recompute": save == Save.STATES, "tf32": rounded, "workspace": aligned(workspace), "stream": stream,
                 "fault": _fault_word(str(x.device)).data_ptr(),
-                "product": product_of_steps(core, cell, chosen, workspace, p.w_hh, B, False, rounded),
+                "product": product,
             },
         )  # fmt: skip
     return y, h_n, c_n, c_all, reserve
@@ -268,6 +269,7 @@ def scan_backward(
         rounded = tf32(x.dtype)
         chosen = plan(core, x, cell, sizes, bool(p.w_hr), True, rounded)
         workspace = _workspace(x, chosen)
+        product, _kept = product_of_steps(core, cell, chosen, workspace, p.w_hh, B, True, rounded, stream)
         arguments = {
             **layout.arguments(), **p.arguments(), "h0": tensors.pointer(h0), "c0": tensors.pointer(c0),
             "resets": layout.given(resets), "y": layout.given(y),
@@ -281,8 +283,7 @@ def scan_backward(
                 **arguments, "dy": layout.given(dy), "dc_all": layout.given(dc_all), "dh_n": tensors.pointer(dh_n),
                 "dc_n": tensors.pointer(dc_n), "dgates": layout.dense(dgates, D * G * H),
                 "dhn": layout.dense(dhn, D * H), "dh": layout.dense(dh, D * R), "dh0": dh0.data_ptr(),
-                "dc0": tensors.pointer(dc0),
-                "product": product_of_steps(core, cell, chosen, workspace, p.w_hh, B, True, rounded),
+                "dc0": tensors.pointer(dc0), "product": product,
             },
         )  # fmt: skip
         dx = product_of(dgates, _joined(p.w_ih), x.dtype).view(x.shape) if need_dx else None

@@ -102,6 +102,10 @@ class ScanModule(Fused, _Base):
         lengths: Tensor | None,
         cells: bool,
     ) -> Scanned:
+        if self._repeat is not None and resets is None and lengths is None and not cells:
+            step = self._step_again(cell, input, hx)
+            if step is not None:
+                return step
         if not isinstance(input, Tensor):
             return self._run_packed(cell, input, hx, resets, lengths, cells)
         shape = input.shape
@@ -113,18 +117,38 @@ class ScanModule(Fused, _Base):
             return self._step(cell, input, hx, weights)
         return self._long_way(cell, input, hx, weights, resets, lengths, cells)
 
+    def _drops(self) -> bool:
+        return bool(self.dropout and self.training and self.num_layers > 1)
+
+    def _step_again(self, cell: str, input: Any, hx: Any) -> Scanned | None:
+        """A step without options that the module was asked for before, as streams take them; None for anything else.
+
+        Before all other checks, which cost as much as the step.
+        """
+        if is_compiling() or type(input) is not Tensor or self._drops():
+            return None
+        repeat = self._repeat
+        assert repeat is not None
+        h0, c0 = hx, None
+        if hx is None:
+            h0, c0 = repeat.zeros
+        elif cell == "lstm":
+            if type(hx) not in (tuple, list) or len(hx) != 2:
+                return None
+            h0, c0 = hx
+            if type(c0) is not Tensor:
+                return None
+        if type(h0) is not Tensor:
+            return None
+        step = repeat(cell, input, h0, c0, self._weights())
+        return None if step is None else (*step, None)
+
     def _step(self, cell: str, input: Tensor, hx: Any, weights: list[Tensor]) -> Scanned:
-        """One step without options, as streams take them."""
-        layers, bidirectional = self.num_layers, bool(self.bidirectional)
-        h0, c0 = (hx, None) if cell != "lstm" or hx is None else self._pair(input, hx)
-        dropout = layers > 1 and self.training and self.dropout
-        if self._repeat is not None and h0 is not None and not dropout:
-            step = self._repeat(cell, input, h0, c0, weights)
-            if step is not None:
-                return (*step, None)
+        """One step without options, the long way."""
         scanned = self._long_way(cell, input, hx, weights, None, None, False)
-        if not torch.is_grad_enabled() and not dropout:
-            self._expect(cell, input, h0, c0, weights, scanned[0], layers, bidirectional)
+        if not torch.is_grad_enabled() and not self._drops():
+            h0, c0 = (hx, None) if cell != "lstm" or hx is None else self._pair(input, hx)
+            self._expect(cell, input, h0, c0, weights, scanned[0], self.num_layers, bool(self.bidirectional))
         return scanned
 
     def _long_way(

@@ -40,17 +40,19 @@ _UNCONVERTED = (torch.float32, torch.float64)
 
 Saved = tuple[Tensor, Tensor | None, Tensor]
 Step = tuple[Tensor, Tensor, Tensor | None]
+States = tuple[Tensor, Tensor | None]
 
 
 class Repeat:
     """One step of a stack of layers without gradients, for tensors like those it was made of."""
 
-    __slots__ = ("_cell", "_check", "_generation", "_run", "_y")
+    __slots__ = ("_cell", "_check", "_generation", "_run", "_y", "zeros")
 
-    def __init__(self, cell: str, check: Any, run: Any, y: Tensor | None) -> None:
+    def __init__(self, cell: str, check: Any, step: Any, y: Tensor | None, zeros: States) -> None:
+        self.zeros = zeros  # the states of a call without any
         self._cell = cell
         self._check = check
-        self._run = run
+        self._run = step.run
         self._y = y
         self._generation = registry.generation()
 
@@ -80,10 +82,13 @@ class Repeat:
 class GradRepeat(Repeat):
     """One step of a cell that autograd records, for tensors like those it was made of."""
 
-    __slots__ = ("_reserve", "_row", "backend")
+    __slots__ = ("_reserve", "_row", "_run_backward", "backend")
 
-    def __init__(self, cell: str, check: Any, run: Any, x: Tensor, backend: ModuleType, reserve: Tensor) -> None:
-        super().__init__(cell, check, run, None)
+    def __init__(
+        self, cell: str, check: Any, step: Any, zeros: States, x: Tensor, backend: ModuleType, reserve: Tensor
+    ) -> None:
+        super().__init__(cell, check, step, None, zeros)
+        self._run_backward = step.backward
         self.backend = backend
         # What results are made like; of x, whose rows may lie apart, one that is dense.
         self._row = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -126,7 +131,7 @@ class GradRepeat(Repeat):
         dh0 = _empty_like(h_n)
         dc0 = None if c is None else _empty_like(c)
         dweights = [_empty_like(w) for w in weights] if need_dw else ()
-        self._run.backward(_threads(), dh, dc, x, h, c, h_n, reserve, weights, dx, dh0, dc0, dweights)
+        self._run_backward(_threads(), dh, dc, x, h, c, h_n, reserve, weights, dx, dh0, dc0, dweights)
         return dx, dh0, dc0, dweights
 
 
@@ -186,6 +191,9 @@ def prepare(
     grad = _is_grad_enabled()
     if grad and (y is not None or x.dtype not in _UNCONVERTED or not wants_grad(x, h0, c0, weights)):
         return None
+    zeros = None
+    if h0 is None and y is not None:
+        h0, c0 = zeros = _zero_states(cell, x, weights, y, layers, bidirectional)
     if h0 is None or (cell == "lstm") != (c0 is not None):
         return None
     if not is_ordinary(x, h0, c0, weights) or is_autocasting() or forward_ad._current_level >= 0:
@@ -198,9 +206,9 @@ def prepare(
     GH, R = weights[1].shape
     sizes = (1, *rows.shape, GH // check.GATES[cell], R, 2 if bidirectional else 1)
     backend = registry.choose(registry.scan_call(cell, x, sizes, None, None, None, False, grad))
-    step = getattr(backend, "step", None)
-    run = step(cell, rows, weights, layers, bidirectional) if step else None
-    if run is None:
+    make = getattr(backend, "step", None)
+    step = make(cell, rows, weights, layers, bidirectional) if make else None
+    if step is None:
         return None
     shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     try:
@@ -209,7 +217,18 @@ def prepare(
         return None
     if not guards.check(*tensors):  # one tensor in two places is nothing that it can tell
         return None
+    if zeros is None:
+        zeros = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
     if grad:
         reserve = reserve_like(cell, x.detach().unsqueeze(0), weights, False)
-        return GradRepeat(cell, guards.check, run, x.detach(), backend, reserve)
-    return Repeat(cell, guards.check, run, None if y is None else torch.empty_like(y))
+        return GradRepeat(cell, guards.check, step, zeros, x.detach(), backend, reserve)
+    return Repeat(cell, guards.check, step, None if y is None else torch.empty_like(y), zeros)
+
+
+def _zero_states(cell: str, x: Tensor, weights: list[Tensor], y: Tensor, layers: int, bidirectional: bool) -> States:
+    """Those that a call without states starts from; ordinary tensors, in whatever mode they are made."""
+    D = 2 if bidirectional else 1
+    H, B = weights[1].shape[0] // check.GATES[cell], y.numel() // y.shape[-1] if y.shape[-1] else 0
+    with torch.inference_mode(False):
+        h0 = x.new_zeros((layers * D, B, y.shape[-1] // D))
+        return h0, x.new_zeros((layers * D, B, H)) if cell == "lstm" else None

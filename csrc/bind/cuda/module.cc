@@ -8,6 +8,7 @@
 #include "bind/cuda/attention.h"
 #include "bind/cuda/cells.h"
 #include "bind/cuda/costs.h"
+#include "bind/cuda/library.h"
 #include "cuda/surface.h"
 
 #ifndef FSQ_CUDA_MODULE
@@ -66,24 +67,38 @@ CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool 
   return plan;
 }
 
-// What the caller multiplies itself, if it does.
-StepProduct product_of(const Arguments& a) {
-  const py::object call = a.at("product");
-  if (call.is_none()) return nullptr;
-  return [call](int64_t turn) { return pointer<const void>(call(turn)); };
+// Who forms the products of tier `step`, where the kernel does not: a function of the caller's, or the vendor's
+// library, for which no Python is needed.
+struct Product {
+  StepProduct form;
+  bool python;
+};
+Product product_of(const CudaScanParams& p, const Arguments& a) {
+  const py::object given = a.at("product");
+  if (given.is_none()) return {nullptr, false};
+  if (!py::isinstance<LibrarySteps>(given))
+    return {[given](int64_t turn) { return pointer<const void>(given(turn)); }, true};
+  const LibrarySteps& steps = given.cast<const LibrarySteps&>();
+  return {[&steps, &p](int64_t turn) { return steps.product(p, turn); }, false};
+}
+
+// Errors of a scan come as text, those of a product as exceptions.
+template <class F>
+void run(const Product& product, F scan) {
+  std::string error;
+  if (product.python) {
+    error = scan(product.form);
+  } else {
+    py::gil_scoped_release release;
+    error = scan(product.form);
+  }
+  check(error);
 }
 
 void scan_forward(const CudaPlan& plan, int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
   const Arguments a(named);
   const CudaScanParams p = scan_params(cell, dtype, sizes, a);
-  const StepProduct product = product_of(a);
-  if (product) return check(cuda_scan_forward(p, plan, product));
-  std::string error;
-  {
-    py::gil_scoped_release release;
-    error = cuda_scan_forward(p, plan);
-  }
-  check(error);
+  run(product_of(p, a), [&](const StepProduct& product) { return cuda_scan_forward(p, plan, product); });
 }
 
 void scan_backward(const CudaPlan& plan, int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
@@ -99,14 +114,7 @@ void scan_backward(const CudaPlan& plan, int cell, int dtype, const py::tuple& s
   p.dh = a.rows("dh");
   p.dh0 = a.pointer("dh0");
   p.dc0 = a.pointer("dc0");
-  const StepProduct product = product_of(a);
-  if (product) return check(cuda_scan_backward(p, plan, product));
-  std::string error;
-  {
-    py::gil_scoped_release release;
-    error = cuda_scan_backward(p, plan);
-  }
-  check(error);
+  run(product_of(p.fwd, a), [&](const StepProduct& product) { return cuda_scan_backward(p, plan, product); });
 }
 
 void previous(int cell, int dtype, const py::tuple& sizes, const py::dict& named) {
@@ -150,4 +158,5 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
   bind_cuda_cells(m);
   bind_cuda_attention(m);
   bind_cuda_barriers(m);
+  bind_cuda_library(m);
 }
