@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ STAND_IN = "libfusedseq_stand_in.so"
 
 def _library(x: Tensor, stream: int | None) -> tuple[tuple[str, int, int | None, int, int], Tensor] | None:
     """The library's name, the device, the stream and workspace for a call past torch, which the second result keeps."""
-    if config.settings.cuda_products != "direct" or not sys.platform.startswith("linux"):
+    if config.settings.cuda_products != "direct":
         return None
     memory = torch.empty(LIBRARY_WORKSPACE + WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
     return (_library_name(x.device.type), x.device.index or 0, stream, aligned(memory), LIBRARY_WORKSPACE), memory
