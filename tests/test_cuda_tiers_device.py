@@ -57,7 +57,11 @@ def test_cuda_products_past_torch(text: str, cell: str, dtype: torch.dtype, monk
     """Tier step, with the vendor's library called by the backend itself."""
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_products="direct"))
     monkeypatch.setattr(cuda_products, "DIRECTLY", 0)
+    calls: list[object] = []
+    found = cuda_products._library
+    monkeypatch.setattr(cuda_products, "_library", lambda *a: calls.append(a) or found(*a))
     on_tier("step", Case.parse(cell, text), dtype, monkeypatch)
+    assert bool(calls) is (cell != "gru_reset_before" or dtype in cuda_products.HALF)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)

@@ -52,10 +52,12 @@ def _library_name(device: str) -> str:
 STAND_IN = "libfusedseq_stand_in.so"
 
 
-def _library(x: Tensor, stream: int | None) -> tuple[tuple[str, int, int | None, int, int], Tensor] | None:
+def _directly() -> bool:
+    return config.settings.cuda_products == "direct"
+
+
+def _library(x: Tensor, stream: int | None) -> tuple[tuple[str, int, int | None, int, int], Tensor]:
     """The library's name, the device, the stream and workspace for a call past torch, which the second result keeps."""
-    if config.settings.cuda_products != "direct":
-        return None
     memory = torch.empty(LIBRARY_WORKSPACE + WORKSPACE_UNIT, dtype=torch.uint8, device=x.device)
     return (_library_name(x.device.type), x.device.index or 0, stream, aligned(memory), LIBRARY_WORKSPACE), memory
 
@@ -75,15 +77,13 @@ def _direct(core: Any, a: Tensor, b: Tensor, dtype: torch.dtype, stream: int | N
     sizes = (a.shape[0], b.shape[1], a.shape[1])
     if min(sizes) < 1 or max(sizes) >= 2**31:
         return None
-    found = _library(a, stream)
-    if found is None:
-        return None
     (a, left), (b, right) = _matrix(a), _matrix(b)
     if max(left[1], right[1]) >= 2**31:
         return None
+    library, _kept = _library(a, stream)
     made = a.new_empty(sizes[:2], dtype=dtype)
     codes = tensors.DTYPES[a.dtype], tensors.DTYPES[dtype]
-    core.library_product(found[0], sizes, left, right, made.data_ptr(), *codes, False)
+    core.library_product(library, sizes, left, right, made.data_ptr(), *codes, False)
     return made
 
 
@@ -93,7 +93,7 @@ def product_of(
     """a b in `dtype`, summed in float32 at least and rounded once; with `core` and the stream, past torch if asked."""
     if a.dtype not in HALF:
         return a @ b
-    if core is not None and dtype == torch.float32:
+    if core is not None and dtype == torch.float32 and _directly():
         made = _direct(core, a, b, dtype, stream)
         if made is not None:
             return made
@@ -124,9 +124,8 @@ def product_of_steps(
     first = aligned(workspace) - workspace.data_ptr()
     factors = [w if backward else w.t() for w in weights]
     S = compute(weights[0].dtype)
-    found = _library(workspace, stream) if weights[0].numel() >= DIRECTLY else None
-    if found is not None:
-        library, kept = found
+    if _directly() and weights[0].numel() >= DIRECTLY:
+        library, kept = _library(workspace, stream)
         N = factors[0].shape[1]
         into = workspace.new_empty((D, B, N), dtype=S)
         fed = tuple(workspace.data_ptr() + first + at for at in (0, chosen.second_fed))
