@@ -128,7 +128,7 @@ class ScanModule(Fused, _Base):
         if is_compiling() or type(input) is not Tensor or self._drops():
             return None
         repeat = self._repeat
-        assert repeat is not None
+        assert repeat is not None and repeat.zeros is not None  # as a layer's are
         h0, c0 = hx, None
         if hx is None:
             h0, c0 = repeat.zeros

@@ -48,8 +48,8 @@ class Repeat:
 
     __slots__ = ("_cell", "_check", "_generation", "_run", "_y", "zeros")
 
-    def __init__(self, cell: str, check: Any, step: Any, y: Tensor | None, zeros: States) -> None:
-        self.zeros = zeros  # the states of a call without any
+    def __init__(self, cell: str, check: Any, step: Any, y: Tensor | None, zeros: States | None = None) -> None:
+        self.zeros = zeros  # the states of a layer's call without any
         self._cell = cell
         self._check = check
         self._run = step.run
@@ -84,10 +84,8 @@ class GradRepeat(Repeat):
 
     __slots__ = ("_reserve", "_row", "_run_backward", "backend")
 
-    def __init__(
-        self, cell: str, check: Any, step: Any, zeros: States, x: Tensor, backend: ModuleType, reserve: Tensor
-    ) -> None:
-        super().__init__(cell, check, step, None, zeros)
+    def __init__(self, cell: str, check: Any, step: Any, x: Tensor, backend: ModuleType, reserve: Tensor) -> None:
+        super().__init__(cell, check, step, None)
         self._run_backward = step.backward
         self.backend = backend
         # What results are made like; of x, whose rows may lie apart, one that is dense.
@@ -217,12 +215,13 @@ def prepare(
         return None
     if not guards.check(*tensors):  # one tensor in two places is nothing that it can tell
         return None
-    if zeros is None:
-        zeros = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
     if grad:
         reserve = reserve_like(cell, x.detach().unsqueeze(0), weights, False)
-        return GradRepeat(cell, guards.check, step, zeros, x.detach(), backend, reserve)
-    return Repeat(cell, guards.check, step, None if y is None else torch.empty_like(y), zeros)
+        return GradRepeat(cell, guards.check, step, x.detach(), backend, reserve)
+    if y is None:
+        return Repeat(cell, guards.check, step, None)
+    zeros = zeros or (torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
+    return Repeat(cell, guards.check, step, torch.empty_like(y), zeros)
 
 
 def _zero_states(cell: str, x: Tensor, weights: list[Tensor], y: Tensor, layers: int, bidirectional: bool) -> States:
