@@ -42,6 +42,7 @@ def cases() -> list[BarrierCase]:
     found = [BarrierCase("block", 1, threads, tier="block", per_step=2) for threads in (128, 256, 384, 512, 1024)]
     found += [BarrierCase("cluster", ctas, 256) for ctas in (2, 8, 16)]
     found += [BarrierCase("cluster_exchange", ctas, 256, 32, tier="cluster") for ctas in (2, 8, 16)]
+    found += [BarrierCase(f"warp_exchange_{rows}", ctas, 256) for rows in (4, 8) for ctas in (4, 8, 16)]
     found += [BarrierCase("flag", 2, 32)]
     found += [BarrierCase("grid_exchange", ctas, 256, 16, tier="grid") for ctas in (2, 16, 48)]
     return [*found, BarrierCase("grid", 0, 256)]

@@ -111,6 +111,7 @@ def look(case: Case, budget: float = BUDGET, names: Sequence[str] | None = None)
     if isinstance(case, RecurrentCase) and "fusedseq" in runners and case.device == "cuda":
         ours = runners["fusedseq"]
         runners |= {f"tier {tier}": _under(ours, cuda_tier=tier) for tier in TIERS}
+        runners["warp"] = _under(ours, cuda_cluster="warp")
         runners["direct"] = _under(ours, cuda_products="direct")
         runners["tier step, direct"] = _under(ours, cuda_tier="step", cuda_products="direct")
     results: dict[str, Outcome] = {}

@@ -334,6 +334,7 @@ struct CudaPlan {
   int rows;   // of a tile
   int units;  // of a rank
   int warps;
+  bool by_warp;        // tier cluster: kernels whose warps go their own way (cuda/warp_scan.cuh)
   bool holding;        // of half types, in tiers block and cluster: as many weights as fit lie in registers
   int shared;          // bytes of a CTA
   int64_t workspace;   // bytes, zeros where `zeroed`

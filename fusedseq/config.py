@@ -14,6 +14,9 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 # How the cuda backend may run a scan, as `fusedseq._cuda.tiers` names them; docs/gpu-scans.md.
 CUDA_TIERS = ("step", "block", "cluster", "grid")
 
+# Which kernels the cuda backend has for tier cluster; docs/gpu-scans.md.
+CUDA_CLUSTER = ("block", "warp")
+
 # Which kernels the cuda backend has for attention; docs/gpu-attention-hopper.md.
 CUDA_ATTENTION = ("mma", "hopper")
 
@@ -41,6 +44,7 @@ class Settings:
     interpret: bool = False
     autotune: bool = False
     cuda_tier: str | None = None
+    cuda_cluster: str | None = None
     cuda_attention: str | None = None
     cuda_products: str | None = None
 
@@ -82,6 +86,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         scratch_mb=_count(environ, "FUSEDSEQ_SCRATCH_MB", Settings.scratch_mb),
         autotune=_flag(environ, "FUSEDSEQ_AUTOTUNE"),
         cuda_tier=_one_of(environ, "FUSEDSEQ_CUDA_TIER", CUDA_TIERS),
+        cuda_cluster=_one_of(environ, "FUSEDSEQ_CUDA_CLUSTER", CUDA_CLUSTER),
         cuda_attention=_one_of(environ, "FUSEDSEQ_CUDA_ATTENTION", CUDA_ATTENTION),
         cuda_products=_one_of(environ, "FUSEDSEQ_CUDA_PRODUCTS", CUDA_PRODUCTS),
         # Triton's own variable, and its own reading of it.

@@ -20,6 +20,7 @@ SMALL = [
     BarrierCase("block", 1, 160, tier="block"),
     *(BarrierCase("cluster", ctas, 64) for ctas in (2, 8, 16)),
     *(BarrierCase("cluster_exchange", ctas, 64, 16, tier="cluster") for ctas in (2, 3, 8, 16)),
+    *(BarrierCase(f"warp_exchange_{rows}", ctas, 256) for rows in (4, 8) for ctas in (1, 2, 5)),
     BarrierCase("flag", 2, 32),
     *(BarrierCase("grid_exchange", ctas, 64, 16, tier="grid") for ctas in (2, 3, 7)),
     BarrierCase("grid", 0, 64),
@@ -47,6 +48,7 @@ def test_every_barrier_is_measured() -> None:
     assert {(case.kind, case.ctas) for case in barriers.cases()} >= {
         ("cluster", 2), ("cluster", 8), ("cluster", 16),
         ("cluster_exchange", 2), ("cluster_exchange", 8), ("cluster_exchange", 16),
+        ("warp_exchange_4", 16), ("warp_exchange_8", 16),
     }  # fmt: skip
     assert [case.threads for case in barriers.cases() if case.kind == "block"] == [128, 256, 384, 512, 1024]
 
@@ -60,6 +62,9 @@ def test_what_the_device_lacks_is_named() -> None:
         row = barriers.measure(core, BarrierCase("grid", 4096, 64), ROUNDS, "cpu")
     assert row["reason"].startswith("barrier_grid (CTAs=4096")
     assert "clocks" not in row
+    with cuda_emulated.device():
+        row = barriers.measure(core, BarrierCase("warp_exchange_8", 2, 64), ROUNDS, "cpu")
+    assert row["reason"].endswith("expected 256 threads")
     with pytest.raises(RuntimeError, match="rounds handed the word on 3 times"):
         barriers.measure(_Lossy(core), BarrierCase("block", 1, 64), ROUNDS, "cpu")
 

@@ -148,6 +148,23 @@ def test_a_step_in_a_cluster_waits_for_no_fence_of_the_whole_gpu() -> None:
         assert not fences, f"{name}: {fences} in its step"
 
 
+def test_warps_that_go_their_own_way_keep_their_weights_in_registers() -> None:
+    """128 of 255 a thread: nothing of a step lies on the stack, and its warps meet no barrier but the one backward."""
+    (path,) = (one for one in objects() if one.stem == "warp_scan")
+    kernels = functions(path, "sm_90a")
+    assert len(kernels) == 2 * 2 * 3, "passes, half types, cells"
+    for name, instructions in kernels.items():
+        step = loop_around(instructions, "HMMA")
+
+        def count(what: str, step: list[str] = step) -> int:
+            return sum(bool(re.search(rf"\b{what}\b", text)) for text in step)
+
+        assert count("LDL|STL") == 0, f"{name}: spills in its step"
+        assert count("HMMA") == (24 if name.startswith("warp_backward gru") else 32), name
+        assert count("STAS") == (4 if name.startswith("warp_backward") else 2), name
+        assert count("BAR") == name.startswith("warp_backward"), name
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_half_types_and_tf32_are_multiplied_by_tensor_cores(arch: str) -> None:
     tiers = {"block", "grid"} | ({"cluster"} if arch != "sm_80" else set())

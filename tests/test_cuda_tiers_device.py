@@ -29,13 +29,17 @@ pytestmark = pytest.mark.skipif(
 
 def on_tier(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Both passes held to the rule; their plans. Skips what the tier refuses."""
-    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, cuda_tier=name))
+    by_warp = name == "warp"
+    asked = {"cuda_tier": "cluster" if by_warp else name, "cuda_cluster": "warp" if by_warp else "block"}
+    monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, **asked))
     x = torch.empty(0, dtype=dtype, device="cuda")
     sizes = (case.T, case.B, case.H, case.R, case.D)
     try:
         plans = [cuda_scan.plan(cuda.core(), x, case.cell, sizes, False, backward, False) for backward in (False, True)]
     except RuntimeError as error:
         pytest.skip(str(error))
+    if by_warp and not any(plan.by_warp for plan in plans):
+        pytest.skip("no warp takes it alone")
     with fusedseq.use_backend("cuda"), registry.record() as choices:
         check(scan, case, dtype, "cuda")
     assert {choice.backend for choice in choices} == {"cuda"}
@@ -45,7 +49,7 @@ def on_tier(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=short)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("text", SMALL + LARGE)
-@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize("name", [*TIERS, "warp"])
 def test_cuda_tiers(name: str, text: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     on_tier(name, Case.parse(cell, text), dtype, monkeypatch)
 

@@ -239,8 +239,25 @@ def test_relay(cases, seed, cluster, bulk):
     ],
 )
 def test_bugs_of_mbarriers(cases, seed, bug, bulk, messages):
-    error = cases.relay(bug, bulk, values(2, 64), 64, 2, 2, 7)
+    # Among two, the data itself tells that a buffer is free.
+    blocks = 4 if bug == 4 else 2
+    error = cases.relay(bug, bulk, values(blocks, 64), 64, blocks, blocks, 7)
     assert any(message in error for message in messages), error
+
+
+@pytest.mark.parametrize("threads", [32, 128])
+def test_echo(cases, seed, threads):
+    """Data that tells of the reads before it."""
+    x = values(2, threads)
+    y = x.copy()
+    assert cases.echo(0, y, threads, 7) == ""
+    swapped = x.reshape(2, -1, 2)[::-1, :, ::-1].reshape(2, threads)
+    assert np.array_equal(y, swapped)
+
+
+@pytest.mark.parametrize("bug", [1, 2])
+def test_echo_that_does_not_wait_for_a_read(cases, seed, bug):
+    assert "race: " in cases.echo(bug, values(2, 32), 32, 7)
 
 
 @pytest.mark.parametrize("variant", [0, 3])

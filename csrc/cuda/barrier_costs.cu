@@ -7,6 +7,8 @@
 
 #include "cuda/exchange.cuh"
 #include "cuda/launch.h"
+#include "cuda/warp_channel.cuh"
+#include "cuda/warp_tile.cuh"
 
 namespace fusedseq {
 namespace FSQ_ISA {
@@ -121,6 +123,53 @@ struct Exchange {
   }
 };
 
+// The channel of warps that go their own way, with the pieces of an LSTM.
+template <int Rows>
+struct WarpExchange {
+  static constexpr bool kCompiled = kHasClusters;
+  typedef StatePiece<Cell::lstm, Element> Piece;
+  typedef WarpTile<Cell::lstm> Tile;
+  WarpChannel<uint2> channel;
+  int ranks, rank, rounds, blocks;
+  uint32_t word;  // of what this lane sends
+
+  template <class Arena>
+  FSQ_BOTH static WarpExchange carve(Arena& arena, const BarrierParams& p) {
+    WarpExchange e;
+    e.ranks = p.ctas;
+    e.rounds = p.rounds;
+    e.blocks = p.ctas * Tile::kUnits / kBlock;
+    e.channel = WarpChannel<uint2>::carve(arena, e.blocks * Rows / 2, e.blocks * Rows / 2);
+    e.rank = 0;
+    e.word = 0;
+    return e;
+  }
+  FSQ_DEVICE void begin(const BarrierParams&) {
+    rank = int(ptx::cluster_rank());
+    channel.begin(rounds);
+  }
+  // The word stands at the head of a rank's first piece.
+  FSQ_DEVICE uint32_t found(int n) const {
+    const int block = (n + ranks - 1) % ranks * Tile::kUnits / kBlock;
+    return n ? channel.data[channel.at(n - 1) + block * kHalf].x : 0;
+  }
+  FSQ_DEVICE void hand(int n) { word = threadIdx.x / 32 == 0 && n % ranks == rank ? found(n) + 1 : 0; }
+  FSQ_DEVICE bool pass(int n) const {
+    const Piece piece(blocks, Rows, rank);
+    __syncwarp();
+    FSQ_UNROLL
+    for (int c = 0; c < Piece::kMost; ++c) {
+      const int to = piece.first + c * piece.step;
+      channel.send(to < ranks, n, channel.place(piece.piece, to < ranks ? to : 0), uint4{word, word, word, word});
+    }
+    return channel.wait(n, rounds);
+  }
+  FSQ_DEVICE uint32_t end(int) const {
+    channel.end();
+    return found(rounds);
+  }
+};
+
 // Two CTAs, a thread of each: a round is one way.
 struct FlagBarrier {
   static constexpr bool kCompiled = true;
@@ -214,6 +263,10 @@ auto for_barrier(Barrier kind, F f) {
       return f(Exchange<GridChannel>());
     case Barrier::grid:
       return f(GridBarrier());
+    case Barrier::warp_exchange_4:
+      return f(WarpExchange<4>());
+    case Barrier::warp_exchange_8:
+      return f(WarpExchange<8>());
     default:
       return f(BlockBarrier());
   }
@@ -231,9 +284,11 @@ int64_t barrier_workspace(const BarrierParams& p) {
 
 std::string barrier_rounds(const BarrierParams& p) {
   using namespace FSQ_ISA;
-  static const char* const names[] = {"barrier_block", "barrier_cluster",       "barrier_cluster_exchange",
-                                      "barrier_flag",  "barrier_grid_exchange", "barrier_grid"};
-  const bool clustered = p.kind == Barrier::cluster || p.kind == Barrier::cluster_exchange;
+  static const char* const names[] = {
+      "barrier_block",         "barrier_cluster", "barrier_cluster_exchange", "barrier_flag",
+      "barrier_grid_exchange", "barrier_grid",    "barrier_warp_exchange_4",  "barrier_warp_exchange_8"};
+  const bool by_warp = p.kind == Barrier::warp_exchange_4 || p.kind == Barrier::warp_exchange_8;
+  const bool clustered = by_warp || p.kind == Barrier::cluster || p.kind == Barrier::cluster_exchange;
   const std::string shape = "CTAs=" + std::to_string(p.ctas) + " threads=" + std::to_string(p.threads) +
                             " rounds=" + std::to_string(p.rounds) + " units=" + std::to_string(p.units);
   Launch launch(names[int(p.kind)], shape, dim3(unsigned(p.ctas)), dim3(unsigned(p.threads)));
@@ -242,6 +297,7 @@ std::string barrier_rounds(const BarrierParams& p) {
   if (!error.empty()) return error;
   if (p.kind == Barrier::block && p.ctas != 1) return launch.error("expected 1 CTA");
   if (p.kind == Barrier::flag && p.ctas != 2) return launch.error("expected 2 CTAs");
+  if (by_warp && p.threads != WarpTile<Cell::lstm>::kThreads) return launch.error("expected 256 threads");
   if (clustered && p.ctas > device.max_cluster)
     return launch.error("the largest cluster of the device has " + std::to_string(device.max_cluster) + " CTAs");
   launch.cluster = clustered ? p.ctas : 1;

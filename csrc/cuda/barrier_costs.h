@@ -16,6 +16,8 @@ enum class Barrier : int {
   flag = 3,              // release store by one CTA, acquire load by another, taking turns
   grid_exchange = 4,     // what tier `grid` does in a step: slices through global memory, a flag of each rank
   grid = 5,              // a barrier of all CTAs of a cooperative launch, by one counter
+  warp_exchange_4 = 6,   // what a step of warps that go their own way does: 32 units of 4 rows to every peer, by
+  warp_exchange_8 = 7,   // asynchronous stores of 16 bytes; of 8 rows. 256 threads
 };
 
 struct BarrierParams {
@@ -39,5 +41,7 @@ std::string barrier_rounds(const BarrierParams& p);
 constexpr int exchange_clocks(CudaTier tier, int ranks) {
   return tier == CudaTier::block ? 250 : tier == CudaTier::cluster ? 750 + 55 * ranks : 2200 + 25 * ranks;
 }
+// Of warps that go their own way, before the bytes: not measured yet.
+constexpr int kWarpExchangeClocks = 500;
 
 }  // namespace fusedseq

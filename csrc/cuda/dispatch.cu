@@ -21,15 +21,18 @@ int warps_for(int units) {
 
 // Groups that the device runs at a time.
 int64_t resident(const CudaScanParams& p, const Device& device, const CudaPlan& plan, bool backward) {
+  if (plan.by_warp) return warp_resident(p, plan, backward);
   return plan.tier == CudaTier::cluster ? cluster_resident(p, plan, backward) : device.sm_count / plan.ranks;
 }
+
+int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) { return up(p.B, plan.rows) / plan.rows * p.D; }
 
 // Clocks of a step: what an exchange costs, and the longer of what a CTA reads from shared memory (weights that no
 // register holds, and the state once for each tile of units, at 128 bytes a clock) and what it multiplies; times the
 // turns in which the device takes all groups. Multiplications a clock: 128 in float32, and by mma.sync about two thirds
 // of what wgmma does on Hopper.
 double step_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan, int64_t together) {
-  const int64_t groups = up(p.B, plan.rows) / plan.rows * p.D;
+  const int64_t groups = groups_of(p, plan);
   const double turns = double(up(groups, together) / together);
   const bool single = p.dtype == DType::f32, before = p.cell == Cell::gru_reset_before;
   // Gates side by side in forward; in backward gate gradients one after the other.
@@ -50,6 +53,17 @@ double step_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan,
   return turns * (exchange_clocks(plan.tier, plan.ranks) + (read > multiplied ? read : multiplied));
 }
 
+// The same of kernels whose warps go their own way. All that a rank receives comes at some 16 bytes a clock; each warp
+// reads the state of all ranks, backward the gate gradients of its own, for 8 rows that it multiplies.
+double warp_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan, int64_t together) {
+  const int64_t groups = groups_of(p, plan);
+  const double turns = double(up(groups, together) / together), all = double(plan.ranks) * plan.units;
+  const double received = all * plan.rows * (backward ? 4 : 2) / 16;
+  const double slots = gate_count(p.cell) > 1 ? 4 : 1, terms = backward ? slots * plan.units : all;
+  const double read = plan.warps * terms * plan.rows * 2 / 128, multiplied = slots * plan.units * all * 8 / 1300;
+  return turns * (kWarpExchangeClocks + received + (read > multiplied ? read : multiplied));
+}
+
 int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
   return plan.tier == CudaTier::block     ? block_bytes(p, plan, backward)
          : plan.tier == CudaTier::cluster ? cluster_bytes(p, plan, backward)
@@ -57,8 +71,8 @@ int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
 }
 
 // Why this tier does not take the scan, empty if it does; fills in the plan and the clocks of a step.
-std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, CudaPlan& plan,
-                double& best) {
+std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, bool by_warp,
+                CudaPlan& plan, double& best) {
   CudaPlan one{};
   one.tier = tier;
   one.stuck = -1;
@@ -105,6 +119,26 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
       plan = one;
     }
   }
+  if (tier == CudaTier::cluster && by_warp && warp_takes(p)) {
+    CudaPlan lane = CudaPlan{};
+    lane.tier = tier;
+    lane.stuck = -1;
+    lane.by_warp = true;
+    lane.warps = 8;
+    lane.units = warp_units(p.cell);
+    lane.ranks = int((p.H + lane.units - 1) / lane.units);
+    for (int rows : {8, 4}) {
+      lane.rows = rows;
+      lane.shared = warp_bytes(p, lane, backward);
+      if (lane.ranks > device.max_cluster || lane.shared > device.shared_per_block) continue;
+      const int64_t together = warp_resident(p, lane, backward);
+      if (!together) continue;
+      const double clocks = warp_clocks(p, backward, lane, together);
+      if (best && clocks >= best) continue;
+      best = clocks;
+      plan = lane;
+    }
+  }
   return best ? "" : "the weights do not fit into shared memory";
 }
 
@@ -117,25 +151,25 @@ std::string cuda_device(CudaDevice& device) {
   return error;
 }
 
-std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, CudaPlan& plan) {
+std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, bool by_warp, CudaPlan& plan) {
   Device device;
   const std::string error = query(device);
   if (!error.empty()) return error;
   double clocks = 0;
   if (tier >= 0) {
-    const std::string why = fit(p, backward, device, CudaTier(tier), plan, clocks);
+    const std::string why = fit(p, backward, device, CudaTier(tier), by_warp, plan, clocks);
     return why.empty() ? why : std::string("tier ") + kTiers[tier] + " refuses " + describe(p) + ": " + why;
   }
   bool found = false;
   double best = 0;
   for (CudaTier one : {CudaTier::block, CudaTier::cluster, CudaTier::grid}) {
     CudaPlan other{};
-    if (!fit(p, backward, device, one, other, clocks).empty() || (found && clocks >= best)) continue;
+    if (!fit(p, backward, device, one, by_warp, other, clocks).empty() || (found && clocks >= best)) continue;
     found = true;
     best = clocks;
     plan = other;
   }
-  return found ? "" : fit(p, backward, device, CudaTier::step, plan, clocks);
+  return found ? "" : fit(p, backward, device, CudaTier::step, by_warp, plan, clocks);
 }
 
 std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan, const StepProduct& product) {
@@ -143,7 +177,7 @@ std::string cuda_scan_forward(const CudaScanParams& p, const CudaPlan& plan, con
     case CudaTier::block:
       return block_forward(p, plan);
     case CudaTier::cluster:
-      return cluster_forward(p, plan);
+      return plan.by_warp ? warp_scan_forward(p, plan) : cluster_forward(p, plan);
     case CudaTier::grid:
       return grid_forward(p, plan);
     default:
@@ -156,7 +190,7 @@ std::string cuda_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan
     case CudaTier::block:
       return block_backward(p, plan);
     case CudaTier::cluster:
-      return cluster_backward(p, plan);
+      return plan.by_warp ? warp_scan_backward(p, plan) : cluster_backward(p, plan);
     case CudaTier::grid:
       return grid_backward(p, plan);
     default:

@@ -17,6 +17,18 @@ constexpr bool kHasClusters = false;
 constexpr bool kHasClusters = true;
 #endif
 
+// Whether the phase of this parity came to its end, to all lanes of a warp, before patience was lost.
+FSQ_DEVICE bool arrived(uint32_t mbarrier, uint32_t parity) {
+  uint64_t since = 0;
+  bool late = false;
+  while (!late && !ptx::mbarrier_try_wait(mbarrier, parity)) {
+    const uint64_t now = ptx::globaltimer();
+    if (!since) since = now;
+    late = now - since > kPatience;
+  }
+  return !__any_sync(0xffffffffu, late);
+}
+
 // One CTA has all units: its own barrier is all there is.
 template <class E>
 struct BlockChannel {
@@ -93,17 +105,7 @@ struct ClusterChannel {
       ptx::cp_async_bulk_to_remote(ptx::mapa(mine, uint32_t(peer)), mine, bytes, barrier);
     }
   }
-  FSQ_DEVICE bool wait(int n) {
-    const uint32_t barrier = full.address((n + 1) % 2), parity = uint32_t(n / 2 % 2);
-    uint64_t since = 0;
-    bool late = false;
-    while (!late && !ptx::mbarrier_try_wait(barrier, parity)) {
-      const uint64_t now = ptx::globaltimer();
-      if (!since) since = now;
-      late = now - since > kPatience;
-    }
-    return !__any_sync(0xffffffffu, late);
-  }
+  FSQ_DEVICE bool wait(int n) { return arrived(full.address((n + 1) % 2), uint32_t(n / 2 % 2)); }
   // No CTA may leave while its last copy, which a peer may not have received, is still read from its shared memory.
   // Only the peer's wait tells that the copy is over, and only this barrier tells of that wait.
   FSQ_DEVICE void end() {

@@ -310,6 +310,19 @@ FSQ_PTX void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
         "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(remote_mbarrier) : "memory"));
 }
 
+// The same of 16 bytes where `when` holds, without a branch.
+template <class T>
+FSQ_PTX void st_async_if(bool when, uint32_t remote, T value, uint32_t remote_mbarrier) {
+  static_assert(sizeof(T) == 16, "16 bytes");
+  uint32_t w[4];
+  memcpy(w, &value, sizeof(T));
+  FSQ_SM90(
+      asm volatile("{ .reg .pred p; setp.ne.u32 p, %6, 0; @p "
+                   "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], "
+                   "{%1,%2,%3,%4}, [%5]; }" ::"r"(remote),
+                   "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(remote_mbarrier), "r"(uint32_t(when)) : "memory"));
+}
+
 // Bulk copies by the asynchronous proxy; `bytes` a multiple of 16, addresses 16-byte aligned. The mbarrier, in the CTA
 // of the destination, counts the bytes. Data written by ordinary stores needs fence_proxy_async before. The source must
 // not change, nor its CTA exit, before the copy is over: a sender knows that of a remote copy only from a barrier or an

@@ -102,6 +102,13 @@ int cluster_resident(const CudaScanParams& p, const CudaPlan& plan, bool backwar
 int cluster_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 std::string cluster_forward(const CudaScanParams& p, const CudaPlan& plan);
 std::string cluster_backward(const CudaScanGradParams& p, const CudaPlan& plan);
+// The kernels of warp_scan.cuh: units of a rank, and whether they have the scan's cell, type and size.
+int warp_units(Cell cell);
+bool warp_takes(const CudaScanParams& p);
+int warp_resident(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+int warp_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
+std::string warp_scan_forward(const CudaScanParams& p, const CudaPlan& plan);
+std::string warp_scan_backward(const CudaScanGradParams& p, const CudaPlan& plan);
 int grid_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward);
 // A plan that has weights packed is told where.
 int64_t grid_workspace(const CudaScanParams& p, CudaPlan& plan, bool backward);

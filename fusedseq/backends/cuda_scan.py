@@ -107,8 +107,8 @@ def _on(x: Tensor) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(core: Any, device: int | None, tier: int, *arguments: Any) -> Any:
-    return core.plan(*arguments, tier)
+def _plan(core: Any, device: int | None, *arguments: Any) -> Any:
+    return core.plan(*arguments)
 
 
 def plan(
@@ -119,10 +119,12 @@ def plan(
     The emulator's device may change, a GPU does not.
     """
     tier = -1 if config.settings.cuda_tier is None else core.tiers.index(config.settings.cuda_tier)
-    arguments = (tensors.CELLS[cell], tensors.DTYPES[x.dtype], sizes, projected, backward, rounded)
+    by_warp = config.settings.cuda_cluster == "warp"
+    codes = (tensors.CELLS[cell], tensors.DTYPES[x.dtype])
+    arguments = (*codes, sizes, projected, backward, rounded, tier, by_warp)
     if not x.is_cuda:
-        return core.plan(*arguments, tier)
-    return _plan(core, x.device.index, tier, *arguments)
+        return core.plan(*arguments)
+    return _plan(core, x.device.index, *arguments)
 
 
 class Fault(RuntimeError):

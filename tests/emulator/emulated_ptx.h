@@ -94,6 +94,11 @@ void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
   emulator::st_async(remote, &value, int(sizeof(T)), remote_mbarrier);
 }
+template <class T>
+void st_async_if(bool when, uint32_t remote, T value, uint32_t remote_mbarrier) {
+  static_assert(sizeof(T) == 16, "16 bytes");
+  if (when) st_async(remote, value, remote_mbarrier);
+}
 inline void cp_async_bulk_to_remote(uint32_t remote, uint32_t shared, uint32_t bytes, uint32_t remote_mbarrier) {
   emulator::bulk_to_remote(remote, shared, bytes, remote_mbarrier);
 }

@@ -201,7 +201,8 @@ struct Delivery {
   Block* from;    // the block whose shared memory `source` is, or null
   ClockRef seen;  // what had happened when it was issued, besides what
   ThreadId issuer;
-  Stamp issued;  // had done until then
+  Stamp issued;      // had done until then
+  bool tells_reads;  // whoever waits for the data knows that the issuer's reads before it are over
 };
 
 // One launch. There is one machine, and one launch on it at a time.

@@ -141,6 +141,7 @@ void st_async(uint32_t address, const void* value, int bytes, uint32_t mbarrier)
   delivery.bytes = uint32_t(bytes);
   const auto* data = static_cast<const unsigned char*>(value);
   delivery.data.assign(data, data + bytes);
+  delivery.tells_reads = true;
   start_delivery(to, std::move(delivery), mbarrier, "st_async");
 }
 
@@ -209,8 +210,10 @@ void deliver_one() {
     return;
   }
   memcpy(block->shared + delivery.offset, data, delivery.bytes);
-  barrier->arrived.add(barrier->agent, machine.now);
-  barrier->arrived_cluster.add(barrier->agent, machine.now);
+  for (Publication* published : {&barrier->arrived, &barrier->arrived_cluster}) {
+    published->add(barrier->agent, machine.now);
+    if (delivery.tells_reads) published->add_reads(delivery.seen, delivery.issuer, delivery.issued);
+  }
   if (delivery.from) delivery.from->sent[barrier->agent] = {machine.now, delivery.issuer, block};
   block->remote[barrier->agent] = machine.now++;
   barrier->bytes -= delivery.bytes;

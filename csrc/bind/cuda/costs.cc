@@ -42,7 +42,8 @@ int64_t workspace(int kind, int ctas, int units) {
 }  // namespace
 
 void bind_cuda_barriers(py::module_& m) {
-  m.attr("barriers") = py::make_tuple("block", "cluster", "cluster_exchange", "flag", "grid_exchange", "grid");
+  m.attr("barriers") = py::make_tuple("block", "cluster", "cluster_exchange", "flag", "grid_exchange", "grid",
+                                      "warp_exchange_4", "warp_exchange_8");
   m.def(
       "assumed_clocks", [](int tier, int ranks) { return exchange_clocks(CudaTier(tier), ranks); },
       "What the choice of a tier assumes for the exchanges of a step.");

@@ -58,12 +58,13 @@ CudaScanParams scan_params(int cell, int dtype, const py::tuple& sizes, const Ar
   return p;
 }
 
-CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, bool tf32, int tier) {
+CudaPlan plan(int cell, int dtype, const py::tuple& sizes, bool projected, bool backward, bool tf32, int tier,
+              bool by_warp) {
   CudaScanParams p = sized(cell, dtype, sizes);
   p.tf32 = tf32;
   if (projected) p.w_hr[0] = p.w_hr[1] = &p;  // a plan asks only whether it is there
   CudaPlan plan{};
-  check(cuda_plan(p, backward, tier, plan));
+  check(cuda_plan(p, backward, tier, by_warp, plan));
   return plan;
 }
 
@@ -144,6 +145,7 @@ PYBIND11_MODULE(FSQ_CUDA_MODULE, m) {
       .def_readonly("units", &CudaPlan::units)
       .def_readonly("warps", &CudaPlan::warps)
       .def_readonly("holding", &CudaPlan::holding)
+      .def_readonly("by_warp", &CudaPlan::by_warp)
       .def_readonly("shared", &CudaPlan::shared)
       .def_readonly("workspace", &CudaPlan::workspace)
       .def_readonly("packed", &CudaPlan::packed)

@@ -93,6 +93,43 @@ __global__ void relay(float* data, int steps) {
   ptx::cluster_wait();
 }
 
+// Two blocks hand pairs of values back and forth by st_async alone: a store tells that what its thread has read before
+// may be overwritten, and __syncwarp that of the other lane as well. Bugs: 1 no __syncwarp, 2 a read after the store.
+template <int Bug>
+__global__ void echo(float* data, int steps) {
+  SharedArena arena = dynamic_shared();
+  const int n = int(blockDim.x), i = int(threadIdx.x), bytes = n * int(sizeof(float));
+  const SharedSpan<float> inbox = arena.take<float>(2 * n);
+  const SharedSpan<uint64_t> full = arena.take<uint64_t>(2);
+  const uint32_t peer = ptx::cluster_rank() ^ 1;
+  if (i == 0) {
+    for (int slot = 0; slot < 2; ++slot) ptx::mbarrier_init(full.address(slot), 1);
+    for (int step = 0; step < 2 && step < steps; ++step)
+      ptx::mbarrier_arrive_expect_tx(full.address(step), uint32_t(bytes));
+    ptx::fence_mbarrier_init();
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  float* const mine = data + int(blockIdx.x) * n;
+  float value = mine[i], late = 0;
+  for (int step = 0; step < steps; ++step) {
+    const int slot = step % 2;
+    const float other = __shfl_xor_sync(0xffffffffu, value, 1);
+    if (Bug != 1) __syncwarp();
+    if (i % 2 == 0)
+      ptx::st_async(ptx::mapa(inbox.address(slot * n + i), peer), make_float2(other, value),
+                    ptx::mapa(full.address(slot), peer));
+    if (Bug == 2 && step > 0) late += inbox[(slot ^ 1) * n + i];
+    while (!ptx::mbarrier_try_wait(full.address(slot), uint32_t(step / 2 % 2))) {
+    }
+    if (i == 0 && step + 2 < steps) ptx::mbarrier_arrive_expect_tx(full.address(slot), uint32_t(bytes));
+    value = inbox[slot * n + i];
+  }
+  mine[i] = value + 0 * late;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
 // Block 0 writes into block 1 and arrives at its mbarrier. Bugs: 1 an arrival that publishes no writes, 2 a wait of
 // block scope.
 template <int Bug>
@@ -190,6 +227,11 @@ FSQ_CASE relay_case(int bug, int bulk, float* data, int n, int cluster, int grid
                                         relay<5, true>, relay<6, true>, relay<7, true>, relay<8, true>, relay<9, true>};
   const Launch launch = in_cluster("relay", n, cluster, grid, n * 16 + 32);
   return keep(run(bulk ? bulks[bug] : stores[bug], launch, data, steps));
+}
+
+FSQ_CASE echo_case(int bug, float* data, int n, int steps) {
+  void (*const kernels[])(float*, int) = {echo<0>, echo<1>, echo<2>};
+  return keep(run(kernels[bug], in_cluster("echo", n, 2, 2, n * 8 + 16), data, steps));
 }
 
 FSQ_CASE hand_over_case(int bug, const float* in, float* out, int n) {
