@@ -138,12 +138,12 @@ def test_cluster(case: Case, dtype: torch.dtype, tier: Any) -> None:
 # On emulated SMs, each of which takes eight of these CTAs, and the rows of a tile that they make the planner choose.
 SMALL_BY_WARP = [
     *((text, 8, 4) for text in CLUSTERED.split()),
-    ("T3B13I3H60-bi-lengths0-resets", 1, 8), ("T5B70I3H37-packed", 1, 8), ("T4B70I1H33-cells", 1, 8),
-    ("T1B70I3H40", 1, 8),
+    ("T3B13I3H60-bi-lengths0-resets", 1, 8), ("T5B20I3H37-packed", 1, 8), ("T4B20I1H33-cells", 1, 8),
+    ("T1B20I3H40", 1, 8),
 ]  # fmt: skip
 LARGE_BY_WARP = [
     ("T3B9I3H140-bi-bf-lengths0-resets-cells", 16, 4), ("T2B70I3H260-nostate", 2, 8),
-    ("T3B9I3H509-lengths0-resets", 64, 4), ("T3B40I3H450", 2, 8), ("T4B3I2H512", 16, 4),
+    ("T3B9I3H509-lengths0-resets", 64, 4), ("T2B12I3H450", 2, 8), ("T4B3I2H512", 16, 4),
 ]  # fmt: skip
 # In half types the sums of a large rnn_relu may fall on the other side of 0 (docs/dev/status.md). But for the
 # activation its kernel is rnn_tanh's.
@@ -164,6 +164,25 @@ def test_warps_that_go_their_own_way(cell: str, text: str, sms: int, tile: int, 
     if GATES[cell] > 1:
         assert chosen[0].rows == tile and chosen[0].ranks == -(-case.H // 32)
     run(case, dtype, seed=len(text) + sms, sms=sms)
+
+
+TF32_BY_WARP = [
+    *SMALL_BY_WARP, ("T3B9I3H140-bi-bf-lengths0-resets-cells", 16, 4), ("T2B40I3H253-nostate", 1, 8),
+    ("T4B3I2H256-resets", 16, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize(("text", "sms", "tile"), TF32_BY_WARP)
+def test_warps_that_go_their_own_way_in_tf32(text: str, sms: int, tile: int, cell: str, tier: Any) -> None:
+    tier("warp")
+    case = Case.parse(cell, text)
+    with cuda_emulated.device(sms=sms):
+        chosen = [planned(case, torch.float32, backward, tf32=True) for backward in (False, True)]
+    assert any(plan.by_warp for plan in chosen)
+    if GATES[cell] > 1:
+        assert chosen[0].rows == tile and chosen[0].ranks == -(-case.H // 32)
+    run(case, torch.float32, seed=len(text) + sms, tf32=True, sms=sms)
 
 
 @pytest.mark.parametrize(

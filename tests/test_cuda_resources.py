@@ -152,7 +152,7 @@ def test_warps_that_go_their_own_way_keep_their_weights_in_registers() -> None:
     """128 of 255 a thread: nothing of a step lies on the stack, and its warps meet no barrier but the one backward."""
     (path,) = (one for one in objects() if one.stem == "warp_scan")
     kernels = functions(path, "sm_90a")
-    assert len(kernels) == 2 * 2 * 3, "passes, half types, cells"
+    assert len(kernels) == 2 * 3 * 3, "passes, half types and TF32, cells"
     for name, instructions in kernels.items():
         step = loop_around(instructions, "HMMA")
 
@@ -161,8 +161,9 @@ def test_warps_that_go_their_own_way_keep_their_weights_in_registers() -> None:
 
         assert count("LDL|STL") == 0, f"{name}: spills in its step"
         assert count("HMMA") == (24 if name.startswith("warp_backward gru") else 32), name
-        assert count("STAS") == (4 if name.startswith("warp_backward") else 2), name
-        assert count("BAR") == name.startswith("warp_backward"), name
+        backward = name.startswith("warp_backward")
+        assert count("STAS") == (4 if backward and "Tf32" not in name else 2), name
+        assert count("BAR") == backward, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

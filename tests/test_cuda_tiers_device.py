@@ -27,21 +27,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def on_tier(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Both passes held to the rule; their plans. Skips what the tier refuses."""
+def on_tier(
+    name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tf32: bool = False
+) -> list[object]:
+    """Both passes held to the rule; their plans. Skips what the tier refuses. `warp`: of tier cluster the kernels whose
+    warps go their own way."""
     by_warp = name == "warp"
     asked = {"cuda_tier": "cluster" if by_warp else name, "cuda_cluster": "warp" if by_warp else "block"}
     monkeypatch.setattr(config, "settings", dataclasses.replace(config.settings, **asked))
     x = torch.empty(0, dtype=dtype, device="cuda")
     sizes = (case.T, case.B, case.H, case.R, case.D)
     try:
-        plans = [cuda_scan.plan(cuda.core(), x, case.cell, sizes, False, backward, False) for backward in (False, True)]
+        plans = [cuda_scan.plan(cuda.core(), x, case.cell, sizes, False, backward, tf32) for backward in (False, True)]
     except RuntimeError as error:
         pytest.skip(str(error))
     if by_warp and not any(plan.by_warp for plan in plans):
         pytest.skip("no warp takes it alone")
     with fusedseq.use_backend("cuda"), registry.record() as choices:
-        check(scan, case, dtype, "cuda")
+        check(scan, case, dtype, "cuda", tf32=tf32)
     assert {choice.backend for choice in choices} == {"cuda"}
     return plans
 
@@ -52,6 +55,13 @@ def on_tier(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", [*TIERS, "warp"])
 def test_cuda_tiers(name: str, text: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     on_tier(name, Case.parse(cell, text), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("text", SMALL + LARGE)
+@pytest.mark.parametrize("name", [*TIERS, "warp"])
+def test_cuda_tiers_in_tf32(name: str, text: str, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_tier(name, Case.parse(cell, text), torch.float32, monkeypatch, tf32=True)
 
 
 @pytest.mark.parametrize("dtype", [*HALF_AND_SINGLE, torch.float64], ids=short)

@@ -138,7 +138,7 @@ struct WarpExchange {
     WarpExchange e;
     e.ranks = p.ctas;
     e.rounds = p.rounds;
-    e.blocks = p.ctas * Tile::kUnits / kBlock;
+    e.blocks = p.ctas * Tile::kUnits / kBlock<Element>;
     e.channel = WarpChannel<uint2>::carve(arena, e.blocks * Rows / 2, e.blocks * Rows / 2);
     e.rank = 0;
     e.word = 0;
@@ -150,7 +150,7 @@ struct WarpExchange {
   }
   // The word stands at the head of a rank's first piece.
   FSQ_DEVICE uint32_t found(int n) const {
-    const int block = (n + ranks - 1) % ranks * Tile::kUnits / kBlock;
+    const int block = (n + ranks - 1) % ranks * Tile::kUnits / kBlock<Element>;
     return n ? channel.data[channel.at(n - 1) + block * kHalf].x : 0;
   }
   FSQ_DEVICE void hand(int n) { word = threadIdx.x / 32 == 0 && n % ranks == rank ? found(n) + 1 : 0; }

@@ -58,9 +58,11 @@ double step_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan,
 double warp_clocks(const CudaScanParams& p, bool backward, const CudaPlan& plan, int64_t together) {
   const int64_t groups = groups_of(p, plan);
   const double turns = double(up(groups, together) / together), all = double(plan.ranks) * plan.units;
-  const double received = all * plan.rows * (backward ? 4 : 2) / 16;
+  const int bytes = p.dtype == DType::f32 ? 4 : 2;
+  const double received = all * plan.rows * (backward ? 4 : bytes) / 16;
   const double slots = gate_count(p.cell) > 1 ? 4 : 1, terms = backward ? slots * plan.units : all;
-  const double read = plan.warps * terms * plan.rows * 2 / 128, multiplied = slots * plan.units * all * 8 / 1300;
+  const double read = plan.warps * terms * plan.rows * bytes / 128;
+  const double multiplied = slots * plan.units * all * 8 / (bytes == 4 ? 650 : 1300);
   return turns * (kWarpExchangeClocks + received + (read > multiplied ? read : multiplied));
 }
 

@@ -9,7 +9,10 @@ namespace {
 // f(c, e) for the cells and types that have such kernels.
 template <class F>
 auto for_warp_scan(const CudaScanParams& p, F f) {
-  const auto of_type = [&](auto c) { return p.dtype == DType::f16 ? f(c, __half()) : f(c, __nv_bfloat16()); };
+  const auto of_type = [&](auto c) {
+    if (p.dtype == DType::f32) return f(c, Tf32());
+    return p.dtype == DType::f16 ? f(c, __half()) : f(c, __nv_bfloat16());
+  };
   switch (family(p.cell)) {
     case Cell::lstm:
       return of_type(CellConstant<Cell::lstm>());
@@ -27,8 +30,9 @@ int warp_units(Cell cell) {
 }
 
 bool warp_takes(const CudaScanParams& p) {
+  if (p.cell == Cell::gru_reset_before || p.w_hr[0]) return false;
   const bool half = p.dtype == DType::bf16 || p.dtype == DType::f16;
-  return half && p.cell != Cell::gru_reset_before && !p.w_hr[0] && p.H <= WarpTile<Cell::lstm>::kMostTerms;
+  return half ? p.H <= kMostTerms<__half> : p.dtype == DType::f32 && p.tf32 && p.H <= kMostTerms<Tf32>;
 }
 
 int warp_bytes(const CudaScanParams& p, const CudaPlan& plan, bool backward) {

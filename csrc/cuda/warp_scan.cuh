@@ -4,7 +4,7 @@
 // of their weights, and it is the sums that travel, to the ranks whose units they belong to: half as many bytes as the
 // gate gradients of four gates. One barrier of the block stands between those and the product.
 //
-// All weights of a rank lie in registers. Half types; H up to 512; 4 or 8 rows.
+// All weights of a rank lie in registers. Half types, H up to 512; TF32, H up to 256; 4 or 8 rows.
 #pragma once
 #include "cuda/persistent.cuh"
 #include "cuda/warp_channel.cuh"
@@ -24,14 +24,14 @@ FSQ_DEVICE void give_up_warp(const CudaScanParams& p) {
 
 template <Cell C, class E>
 struct WarpForwardMemory {
-  WarpChannel<uint2> state;  // [rows / 4][blocks][4 rows] of four units
+  WarpChannel<uint2> state;  // [rows / 4][blocks][4 rows] of 8 bytes
   int blocks;                // rounded up to groups of tiles; what is beyond stays zero
 
   template <class Arena>
   FSQ_BOTH static WarpForwardMemory carve(Arena& arena, const CudaPlan& plan) {
-    constexpr int kGroup = WarpRows<C, E>::kTogether * kTermTile / kBlock;
+    constexpr int kGroup = WarpRows<C, E>::kTogether * 4;
     WarpForwardMemory m;
-    const int used = plan.ranks * plan.units / kBlock;
+    const int used = plan.ranks * plan.units / kBlock<E>;
     m.blocks = (used + kGroup - 1) / kGroup * kGroup;
     m.state = WarpChannel<uint2>::carve(arena, m.blocks * plan.rows / 2, used * plan.rows / 2);
     return m;
@@ -42,6 +42,7 @@ template <Cell C, class E>
 FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   typedef WarpTile<C> Tile;
   typedef StatePiece<C, E> Piece;
+  typedef Forward<C, Stored<E>> Element;
   constexpr int kElements = Tile::kElements;
   SharedArena arena = dynamic_shared();
   const auto m = WarpForwardMemory<C, E>::carve(arena, plan);
@@ -57,17 +58,17 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
   // Every rank begins with all of h0, and zeros where there is no unit or row.
   for (int i = int(threadIdx.x); i < m.blocks * plan.rows; i += int(blockDim.x)) {
     const int row = i / (m.blocks * kHalf) * kHalf + i % kHalf, block = i / kHalf % m.blocks;
-    E x[kBlock];
+    E x[kBlock<E>];
     FSQ_UNROLL
-    for (int c = 0; c < kBlock; ++c) {
-      const Spot s{share.d, share.b0 + row, int64_t(block) * kBlock + c, {0, 0}};
-      x[c] = narrow<E>(s.b < p.B && s.u < p.H ? initial<E>(p, p.h0, s, p.H) : 0);
+    for (int c = 0; c < kBlock<E>; ++c) {
+      const Spot s{share.d, share.b0 + row, int64_t(block) * kBlock<E> + c, {0, 0}};
+      x[c] = narrow<E>(s.b < p.B && s.u < p.H ? initial<Stored<E>>(p, p.h0, s, p.H) : 0);
     }
-    m.state.data.store(m.state.at(-1) + i, pack_four(x));
+    m.state.data.store(m.state.at(-1) + i, pack_block(x));
     m.state.data.store(m.state.at(0) + i, uint2{0, 0});
   }
-  Forward<C, E> element[kElements] = {};
-  Bias<C, E> bias[kElements > 1 ? kElements / 2 : 1] = {};
+  Element element[kElements] = {};
+  Bias<C, Stored<E>> bias[kElements > 1 ? kElements / 2 : 1] = {};
   float state[kElements];
   E last[kElements];
   int length[kElements];  // 0 of what is no unit or row: it is never live
@@ -77,8 +78,8 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
     const Spot s = spot(n, when);
     const bool there = s.u < p.H && s.b < p.B;
     length[n] = there ? int(length_of(p, s.b)) : 0;
-    state[n] = there ? initial<E>(p, C == Cell::lstm ? p.c0 : p.h0, s, p.H) : 0;
-    last[n] = narrow<E>(there ? initial<E>(p, p.h0, s, p.H) : 0);
+    state[n] = there ? initial<Stored<E>>(p, C == Cell::lstm ? p.c0 : p.h0, s, p.H) : 0;
+    last[n] = narrow<E>(there ? initial<Stored<E>>(p, p.h0, s, p.H) : 0);
     if (n % 2 == 0 && there) bias[n / 2].load(p, share.d, s.u);
     if (steps > 0) element[n].load(p, s, length[n]);
   }
@@ -89,7 +90,7 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
     const int rank = piece.first + c * piece.step;
     to[c] = m.state.place(piece.piece, rank < plan.ranks ? rank : 0);
   }
-  const int from = first_of_lane(m.blocks, plan.rows), groups = m.blocks / (WarpRows<C, E>::kTogether * kBlock);
+  const int from = first_of_lane(m.blocks, plan.rows), groups = m.blocks / (WarpRows<C, E>::kTogether * 4);
   m.state.begin(publications);
 
   for (int i = 0; i < steps; ++i) {
@@ -122,7 +123,7 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
     for (int n = 0; n < kElements; ++n) {
       if (element[n].live && cells.writes) {
         const Spot s = spot(n, when);
-        Forward<C, E>::emit(p, s, element[n].h);
+        Element::emit(p, s, element[n].h);
         element[n].save(p, s);
       }
       if (i + 1 < steps) element[n].load(p, spot(n, after), length[n]);
@@ -134,8 +135,8 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
     const Spot s = spot(n, {0, 0});
     if (s.u >= p.H || s.b >= p.B || !cells.writes) continue;
     const int64_t at = state_at(p, s, p.H);
-    Forward<C, E>::end(p, s, at);
-    if (C == Cell::lstm) write<E>(p.c_n, at, state[n]);
+    Element::end(p, s, at);
+    if (C == Cell::lstm) write<Stored<E>>(p.c_n, at, state[n]);
   }
   m.state.end();
 }
@@ -144,9 +145,9 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
 template <Cell C, class E>
 struct WarpColumns {
   static constexpr int kOwned = WarpTile<C>::kUnits / kUnitTile;  // tiles of a rank
-  static constexpr int kTiles = WarpTile<C>::kMostTerms / kUnitTile / WarpTile<C>::kWarps;
-  static constexpr int kTerms = kFed<C> * WarpTile<C>::kUnits / kTermTile;  // tiles of terms
-  static constexpr int kBlocks = kFed<C> * WarpTile<C>::kUnits / kBlock;
+  static constexpr int kTiles = kMostTerms<E> / kUnitTile / WarpTile<C>::kWarps;
+  static constexpr int kBlocks = kFed<C> * WarpTile<C>::kUnits / kBlock<E>;  // of terms
+  static constexpr int kTerms = kBlocks / 4;                                 // tiles of them
   uint32_t a[kTiles][kTerms][4];
 
   FSQ_DEVICE static int tile(int i) { return int(threadIdx.x) / 32 + i * WarpTile<C>::kWarps; }
@@ -154,31 +155,34 @@ struct WarpColumns {
   // Rows g and g + 8 of a tile are the units 2g and 2g + 1, which lie side by side in W_hh.
   FSQ_DEVICE void load(const CudaScanParams& p, const Owner& owner) {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    const E* const w = static_cast<const E*>(p.w_hh[owner.d]);
-    const bool pairs = p.H % 2 == 0 && reinterpret_cast<uintptr_t>(w) % sizeof(uint32_t) == 0;
+    typedef Stored<E> Weight;
+    const Weight* const w = static_cast<const Weight*>(p.w_hh[owner.d]);
+    typedef std::conditional_t<sizeof(E) == 2, uint32_t, uint2> Pair;
+    const bool pairs = p.H % 2 == 0 && reinterpret_cast<uintptr_t>(w) % sizeof(Pair) == 0;
+    const int of_gate = owner.units / kBlock<E>;
     FSQ_UNROLL
     for (int i = 0; i < kTiles; ++i) FSQ_UNROLL
     for (int k = 0; k < kTerms; ++k) {
-      const int block = 4 * k + t, gate = block / (owner.units / kBlock);
-      const int64_t unit = int64_t(owner.rank) * owner.units + block % (owner.units / kBlock) * kBlock;
+      const int block = 4 * k + t, gate = block / of_gate;
+      const int64_t unit = int64_t(owner.rank) * owner.units + block % of_gate * kBlock<E>;
       const int64_t into = int64_t(tile(i)) * kUnitTile + 2 * g;
-      E x[2][kBlock];
+      E x[2][kBlock<E>];
       FSQ_UNROLL
-      for (int c = 0; c < kBlock; ++c) {
-        const E* const at = w + (gate * p.H + unit + c) * p.R + into;
-        E both[2] = {narrow<E>(0), narrow<E>(0)};
+      for (int c = 0; c < kBlock<E>; ++c) {
+        const Weight* const at = w + (gate * p.H + unit + c) * p.R + into;
+        Weight both[2] = {narrow<Weight>(0), narrow<Weight>(0)};
         if (unit + c < p.H && into < p.H) {
           if (pairs) {
-            const uint32_t packed = *reinterpret_cast<const uint32_t*>(at);
+            const Pair packed = *reinterpret_cast<const Pair*>(at);
             memcpy(both, &packed, sizeof(both));
           } else {
             both[0] = at[0];
             if (into + 1 < p.H) both[1] = at[1];
           }
         }
-        x[0][c] = both[0], x[1][c] = both[1];
+        x[0][c] = operand<E>(both[0]), x[1][c] = operand<E>(both[1]);
       }
-      const uint2 upper = pack_four(x[0]), lower = pack_four(x[1]);
+      const uint2 upper = pack_block(x[0]), lower = pack_block(x[1]);
       a[i][k][0] = upper.x, a[i][k][1] = lower.x, a[i][k][2] = upper.y, a[i][k][3] = lower.y;
     }
   }
@@ -190,7 +194,7 @@ struct WarpColumns {
     for (int j = 0; j < 4; ++j) sums[i][j] = 0;
     FSQ_UNROLL
     for (int k = 0; k < kTerms; ++k) {
-      const uint2 both = fed.template load<uint2>((from + k * kNextTile) * kBlock);
+      const uint2 both = fed.template load<uint2>((from + k * kNextTile) * kBlock<E>);
       const uint32_t b[2] = {both.x, both.y};
       FSQ_UNROLL
       for (int i = 0; i < kTiles; ++i)
@@ -200,7 +204,7 @@ struct WarpColumns {
 
   // Of one value, what all ranks sent; `at`: what rank 0 did.
   FSQ_DEVICE static float total(const SharedSpan<float>& sent, int at, const CudaPlan& plan) {
-    constexpr int kMostRanks = WarpTile<C>::kMostTerms / WarpTile<C>::kUnits, kSide = 4;
+    constexpr int kMostRanks = kMostTerms<E> / WarpTile<C>::kUnits, kSide = 4;
     const int next = kOwned * kUnitTile * plan.rows;
     float sums[kSide] = {};
     FSQ_UNROLL
@@ -214,14 +218,14 @@ template <Cell C, class E>
 struct WarpBackwardMemory {
   typedef WarpColumns<C, E> Columns;
   WarpChannel<float> sums;  // [ranks][owned tiles][8 lanes' rows][row pairs][4], as accumulators hold them
-  SharedSpan<E> fed;        // [2][rows / 4][blocks][4 rows][4]: gate gradients of this rank
+  SharedSpan<E> fed;        // [2][rows / 4][blocks][4 rows][block]: gate gradients of this rank
 
   template <class Arena>
   FSQ_BOTH static WarpBackwardMemory carve(Arena& arena, const CudaPlan& plan) {
     WarpBackwardMemory m;
     const int pieces = plan.ranks * Columns::kOwned * 4 * plan.rows;
     m.sums = WarpChannel<float>::carve(arena, pieces, pieces);
-    m.fed = arena.template take<E>(2 * plan.rows * Columns::kBlocks * kBlock);
+    m.fed = arena.template take<E>(2 * plan.rows * Columns::kBlocks * kBlock<E>);
     return m;
   }
 };
@@ -251,8 +255,8 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
   Columns weights;
   weights.load(f, share);
   for (int i = int(threadIdx.x); i < 2 * rows * Columns::kBlocks; i += int(blockDim.x))
-    m.fed.store(i * kBlock, uint2{0, 0});
-  Backward<C, E> element[kElements] = {};
+    m.fed.store(i * kBlock<E>, uint2{0, 0});
+  Backward<C, Stored<E>> element[kElements] = {};
   float carry[kElements], dc[kElements];
   int length[kElements];  // 0 of what is no unit or row: it is never live
   Moment when = moment(f, steps > 0 ? time_of(share.d, steps - 1, steps) : -1);
@@ -261,8 +265,8 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
     const Spot s = spot(n, when);
     const bool there = any(n) && s.u < f.H && s.b < f.B;
     length[n] = there ? int(length_of(f, s.b)) : 0;
-    carry[n] = there ? initial<E>(f, p.dh_n, s, f.H) : 0;
-    dc[n] = C == Cell::lstm && there ? initial<E>(f, p.dc_n, s, f.H) : 0;
+    carry[n] = there ? initial<Stored<E>>(f, p.dh_n, s, f.H) : 0;
+    dc[n] = C == Cell::lstm && there ? initial<Stored<E>>(f, p.dc_n, s, f.H) : 0;
     element[n].load(p, s, length[n]);
   }
   const int tiles = plan.ranks * Columns::kOwned;
@@ -288,9 +292,9 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
       const int unit = unit0 + n * unit_step;
       FSQ_UNROLL
       for (int gate = 0; gate < kFed<C>; ++gate) {
-        const int block = (gate * Tile::kUnits + unit) / kBlock;
+        const int block = (gate * Tile::kUnits + unit) / kBlock<E>;
         const int at = into + (row / kHalf * Columns::kBlocks + block) * kHalf + row % kHalf;
-        m.fed.store(at * kBlock + unit % kBlock, narrow<E>(live ? fed[gate] : 0));
+        m.fed.store(at * kBlock<E> + unit % kBlock<E>, narrow<E>(live ? fed[gate] : 0));
       }
     }
     if (turn == steps) break;
@@ -320,8 +324,8 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
     const Spot s = spot(n, {0, 0});
     if (!any(n) || s.u >= f.H || s.b >= f.B) continue;
     const int64_t at = state_at(f, s, f.H);
-    write<E>(p.dh0, at, carry[n]);
-    if (C == Cell::lstm) write<E>(p.dc0, at, dc[n]);
+    write<Stored<E>>(p.dh0, at, carry[n]);
+    if (C == Cell::lstm) write<Stored<E>>(p.dc0, at, dc[n]);
   }
   m.sums.end();
 }

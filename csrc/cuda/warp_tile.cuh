@@ -13,7 +13,12 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
-constexpr int kHalf = 4, kBlock = 4;
+constexpr int kHalf = 4;
+// Terms of a block, and of a tile of mma.sync.
+template <class E>
+constexpr int kBlock = 8 / int(sizeof(E));
+template <class E>
+constexpr int kTileTerms = 4 * kBlock<E>;
 
 // Eight warps. A warp's rows are the gates of four units, each in a slot; a GRU leaves one of the four slots empty. An
 // RNN has 16 units instead.
@@ -21,35 +26,42 @@ template <Cell C>
 struct WarpTile {
   static constexpr int kSlots = kGatesOf<C> > 1 ? 4 : 1, kWarps = 8, kThreads = 32 * kWarps;
   static constexpr int kOfWarp = kUnitTile / kSlots, kUnits = kWarps * kOfWarp;  // units
-  static constexpr int kMostTerms = 512;                                         // that a lane has registers for
   static constexpr int kElements = kUnits * kRowTile / kThreads;                 // cells of a lane
   static_assert(C != Cell::gru_reset_before, "has a second product in a step");
 };
-
-// Four values as two registers of mma.sync.
+// Terms that a lane has registers for: 128 of them.
 template <class E>
-FSQ_DEVICE uint2 pack_four(const E (&x)[4]) {
-  static_assert(sizeof(E) == 2, "registers hold pairs");
+constexpr int kMostTerms = 32 * kTileTerms<E>;
+
+template <class E>
+FSQ_DEVICE uint2 pack_block(const E (&x)[kBlock<E>]) {
   uint2 packed;
   memcpy(&packed, x, sizeof(packed));
   return packed;
 }
 
-// Terms k .. k + 3 of a row of W_hh; zeros beyond H.
+// The terms of a row of W_hh from k on, a block of them; zeros beyond H.
 template <class E>
-FSQ_DEVICE uint2 four_terms(const WeightRows<E>& weights, int g, int u, int k) {
+FSQ_DEVICE uint2 block_of_terms(const WeightRows<E>& weights, int g, int u, int k) {
   const CudaScanParams& p = weights.p;
   const int64_t unit = int64_t(weights.owner.rank) * weights.owner.units + u;
-  const E* const row = static_cast<const E*>(p.w_hh[weights.owner.d]) + (g * p.H + unit) * p.R + k;
-  if (unit < p.H && k + 4 <= p.H && reinterpret_cast<uintptr_t>(row) % sizeof(uint2) == 0)
-    return *reinterpret_cast<const uint2*>(row);
-  E x[4];
-  FSQ_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = weights(g, u, k + i);
-  return pack_four(x);
+  const Stored<E>* const row = static_cast<const Stored<E>*>(p.w_hh[weights.owner.d]) + (g * p.H + unit) * p.R + k;
+  E x[kBlock<E>];
+  if (unit < p.H && k + kBlock<E> <= p.H && reinterpret_cast<uintptr_t>(row) % sizeof(uint2) == 0) {
+    const uint2 packed = *reinterpret_cast<const uint2*>(row);
+    if constexpr (std::is_same_v<E, Stored<E>>) return packed;
+    Stored<E> stored[kBlock<E>];
+    memcpy(stored, &packed, sizeof(packed));
+    FSQ_UNROLL
+    for (int i = 0; i < kBlock<E>; ++i) x[i] = operand<E>(stored[i]);
+  } else {
+    FSQ_UNROLL
+    for (int i = 0; i < kBlock<E>; ++i) x[i] = weights(g, u, k + i);
+  }
+  return pack_block(x);
 }
 
-// Where a lane's row of B begins among [half][blocks][4 rows] of four values, and from tile to tile.
+// Where a lane's row of B begins among [half][blocks][4 rows] of 8 bytes, and from tile to tile.
 FSQ_DEVICE int first_of_lane(int blocks, int rows) {
   const int lane = int(threadIdx.x) % 32, row = lane / 4 % rows;
   return (row / kHalf * blocks + lane % 4) * kHalf + row % kHalf;
@@ -79,7 +91,7 @@ struct LaneCells {
 // The weights of this warp, as A of mma.sync for all tiles of terms.
 template <Cell C, class E>
 struct WarpRows {
-  static constexpr int kTiles = WarpTile<C>::kMostTerms / kTermTile, kTogether = 4;
+  static constexpr int kTiles = kMostTerms<E> / kTileTerms<E>, kTogether = 4;
   uint32_t a[kTiles][4];
 
   FSQ_DEVICE void load(const WeightRows<E>& weights) {
@@ -88,13 +100,13 @@ struct WarpRows {
     const int unit = warp * WarpTile<C>::kOfWarp + (kGates ? g / 2 : 2 * g), gate = kGates ? g % 2 * 2 : 0;
     FSQ_UNROLL
     for (int i = 0; i < kTiles; ++i) {
-      const int k = (4 * i + t) * kBlock;
-      const uint2 upper = four_terms(weights, gate, unit, k);
+      const int k = (4 * i + t) * kBlock<E>;
+      const uint2 upper = block_of_terms(weights, gate, unit, k);
       uint2 lower = {0, 0};
       if (!kGates)
-        lower = four_terms(weights, 0, unit + 1, k);
+        lower = block_of_terms(weights, 0, unit + 1, k);
       else if (gate + 1 < kGatesOf<C>)
-        lower = four_terms(weights, gate + 1, unit, k);
+        lower = block_of_terms(weights, gate + 1, unit, k);
       a[i][0] = upper.x, a[i][1] = lower.x, a[i][2] = upper.y, a[i][3] = lower.y;
     }
   }
@@ -134,45 +146,54 @@ FSQ_DEVICE void exchange_slots(const float (&mine)[4], float (&slots)[4]) {
   slots[3] = odd ? mine[3] : second;
 }
 
-// A piece of a warp's new state, four units of two rows, and which copies of it this lane sends.
+// A piece of a warp's new state, a block of two rows, and which copies of it this lane sends.
 template <Cell C, class E>
 struct StatePiece {
   static constexpr bool kGates = WarpTile<C>::kSlots > 1;
-  static constexpr int kMost = 2;  // copies of a lane
-  int piece, first, step;          // within a rank's buffer; of the ranks: first, first + step, ..
+  static constexpr int kSame = kRowTile / (WarpTile<C>::kOfWarp / kBlock<E>);  // lanes that have a piece, of 8 rows
+  static constexpr int kMost = kMostTerms<E> / WarpTile<C>::kUnits / kSame;    // copies of a lane
+  int piece, first, step;  // within a rank's buffer; of the ranks: first, first + step, ..
 
   FSQ_DEVICE StatePiece(int blocks, int rows, int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
-    const int block = (rank * WarpTile<C>::kUnits + warp * WarpTile<C>::kOfWarp) / kBlock + (kGates ? 0 : g / 2);
-    const int row = 2 * t % rows, same = kGates ? 8 : 2;  // lanes of a row pair
+    const int block = (rank * WarpTile<C>::kUnits + warp * WarpTile<C>::kOfWarp) / kBlock<E> + g / kSame;
+    const int row = 2 * t % rows;
     piece = ((row / kHalf * blocks + block) * kHalf + row % kHalf) / 2;
-    first = g % same + 2 * t / rows * same;
-    step = same * (kRowTile / rows);
+    first = g % kSame + 2 * t / rows * kSame;
+    step = kSame * (kRowTile / rows);
   }
 
   // h: of this lane's cells. For row 2t, then row 2t + 1, the units of the block in order.
   FSQ_DEVICE static uint4 gather(const E (&h)[WarpTile<C>::kElements]) {
     const int g = int(threadIdx.x) % 32 / 4;
-    const auto pair = [](uint32_t low, uint32_t high) { return low | high << 16; };
     const auto bits = [](E x) {
-      uint16_t b;
+      std::conditional_t<sizeof(E) == 2, uint16_t, uint32_t> b;
       memcpy(&b, &x, sizeof(b));
       return uint32_t(b);
     };
+    const auto from = [](uint32_t x, int lanes) { return uint32_t(__shfl_xor_sync(0xffffffffu, x, lanes)); };
+    const auto pair = [](uint32_t low, uint32_t high) { return low | high << 16; };
     if constexpr (kGates) {
-      const uint32_t mine = bits(h[0]), other = __shfl_xor_sync(0xffffffffu, mine, 8);
-      const uint32_t here = g / 2 % 2 ? pair(other, mine) : pair(mine, other);
-      const uint32_t units = __shfl_xor_sync(0xffffffffu, here, 16);  // the other two, of the same row
-      const uint32_t rows = __shfl_xor_sync(0xffffffffu, here, 4);    // the same two of the other row
-      const uint32_t both = __shfl_xor_sync(0xffffffffu, here, 20);
-      const uint2 own = g < 4 ? uint2{here, units} : uint2{units, here};
-      const uint2 far = g < 4 ? uint2{rows, both} : uint2{both, rows};
+      // This row's words, and those of the other one.
+      uint2 own, far;
+      const uint32_t mine = bits(h[0]);
+      if constexpr (sizeof(E) == 2) {
+        const uint32_t other = from(mine, 8), here = g / 2 % 2 ? pair(other, mine) : pair(mine, other);
+        const uint32_t units = from(here, 16), row = from(here, 4), both = from(here, 20);
+        own = g < 4 ? uint2{here, units} : uint2{units, here};
+        far = g < 4 ? uint2{row, both} : uint2{both, row};
+      } else {
+        const uint32_t unit = from(mine, 8), row = from(mine, 4), both = from(mine, 12);
+        own = g / 2 % 2 ? uint2{unit, mine} : uint2{mine, unit};
+        far = g / 2 % 2 ? uint2{both, row} : uint2{row, both};
+      }
       return g % 2 ? uint4{far.x, far.y, own.x, own.y} : uint4{own.x, own.y, far.x, far.y};
-    } else {
+    } else if constexpr (sizeof(E) == 2) {
       const uint32_t upper = pair(bits(h[0]), bits(h[2])), lower = pair(bits(h[1]), bits(h[3]));
-      const uint32_t upper_far = __shfl_xor_sync(0xffffffffu, upper, 4);
-      const uint32_t lower_far = __shfl_xor_sync(0xffffffffu, lower, 4);
+      const uint32_t upper_far = from(upper, 4), lower_far = from(lower, 4);
       return g % 2 ? uint4{upper_far, upper, lower_far, lower} : uint4{upper, upper_far, lower, lower_far};
+    } else {
+      return uint4{bits(h[0]), bits(h[2]), bits(h[1]), bits(h[3])};
     }
   }
 };
