@@ -48,10 +48,12 @@ def supports(call: AttentionCall) -> str | None:
     return None
 
 
-def _wants_hopper() -> bool:
-    """Whether calls go to the kernels for compute capability 9.0 that these take."""
+def _wants_hopper(x: Tensor) -> bool:
+    """Whether calls go to the kernels for compute capability 9.0 that these take, on the device of x."""
     asked = config.settings.cuda_attention
-    return asked == "hopper" or (asked is None and cuda_scan._core().device()[0] == 90)
+    if asked is not None:
+        return asked == "hopper"
+    return torch.cuda.get_device_capability(x.device) == (9, 0) if x.is_cuda else cuda_scan._core().device()[0] == 90
 
 
 def _note(direction: str, name: str, reason: str) -> None:
@@ -113,7 +115,7 @@ class Call:
 
     def named(self, stream: int | None) -> dict[str, Any]:
         found: dict[str, Any] = {"stream": stream, "seed": tensors.pointer(self.seed)}
-        if _wants_hopper():
+        if _wants_hopper(self.p.q):
             found["fault"] = cuda_scan._fault_word(str(self.p.q.device)).data_ptr()
         if self.positions is not None and self.ranks is not None:
             found |= {
@@ -139,7 +141,7 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
     lse = p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out[..., : p.v.shape[3]], lse
-    if _wants_hopper():
+    if _wants_hopper(p.q):
         cuda_scan.check_fault(p.q.device)
     call = Call(p)
     if p.cu_q is not None:  # rows behind the last sequence are not visited
@@ -157,8 +159,9 @@ def attention_forward(p: Problem) -> tuple[Tensor, Tensor]:
             }  # fmt: skip
         arguments = (call.sizes, call.tensors(out, lse), call.numbers(), named)
         core = cuda_scan._core()
-        reason = core.attention_hopper_refuses(*arguments) if _wants_hopper() else ""
-        hopper = _wants_hopper() and not reason
+        wanted = _wants_hopper(p.q)
+        reason = core.attention_hopper_refuses(*arguments) if wanted else ""
+        hopper = wanted and not reason
         _note("forward", "hopper" if hopper else "decode" if count > 1 else "mma", reason)
         (core.attention_hopper if hopper else core.attention_forward)(*arguments)
     return out[..., : p.v.shape[3]], lse
@@ -203,8 +206,9 @@ def attention_backward(
             ),
         )  # fmt: skip
         core = cuda_scan._core()
-        reason = core.attention_backward_hopper_refuses(*arguments) if _wants_hopper() else ""
-        hopper = _wants_hopper() and not reason
+        wanted = _wants_hopper(p.q)
+        reason = core.attention_backward_hopper_refuses(*arguments) if wanted else ""
+        hopper = wanted and not reason
         _note("backward", "hopper" if hopper else "mma", reason)
         (core.attention_backward_hopper if hopper else core.attention_backward)(*arguments)
     grads = (dq, dk, dv, dbias, dalibi, dsinks)
