@@ -24,7 +24,7 @@ std::string pack(const CudaScanParams& p, const CudaPlan& plan) {
     const int64_t count = PackedPanels<C>(plan, BACKWARD).all(p.D * plan.ranks), blocks = (count + 255) / 256;
     Launch launch("pack_weights", describe(p), dim3(unsigned(blocks < 4096 ? blocks : 4096)), dim3(256));
     launch.stream = static_cast<cudaStream_t>(p.stream);
-    return run(&pack_weights<C, E, BACKWARD>, launch, p, plan, count);
+    return run(&pack_weights<C, E, BACKWARD>, launch, p, plan, int(count));
   } else {
     return std::string();
   }

@@ -31,24 +31,24 @@ FSQ_DEVICE auto packed_panel(const CudaScanParams& p, const CudaPlan& plan, cons
 
 template <Cell C, class E, bool BACKWARD>
 __global__ void __launch_bounds__(256)
-    pack_weights(const __grid_constant__ CudaScanParams p, const __grid_constant__ CudaPlan plan, int64_t count) {
+    pack_weights(const __grid_constant__ CudaScanParams p, const __grid_constant__ CudaPlan plan, int count) {
   const PackedPanels<C> panels(plan, BACKWARD);
-  const int64_t whole = panels.all(1), terms = int64_t(plan.ranks) * plan.units;
+  const int whole = int(panels.all(1)), terms = plan.ranks * plan.units;
   uint4* const all = reinterpret_cast<uint4*>(static_cast<char*>(p.workspace) + plan.packed);
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256) {
+  for (int i = int(blockIdx.x) * 256 + int(threadIdx.x); i < count; i += int(gridDim.x) * 256) {
     // The panels of both products of an owner one after the other; in memory all of the first come before the others.
-    const int64_t panel = i / whole, at = i % whole;
-    const Owner owner{panel / plan.ranks, int(panel % plan.ranks), plan.units};
+    const int panel = i / whole, at = i % whole;
+    const Owner owner{panel / plan.ranks, panel % plan.ranks, plan.units};
     const bool second = at >= panels.first;
     const int64_t into = second ? panels.first * p.D * plan.ranks + panel * panels.second + at - panels.first
                                 : panel * panels.first + at;
     if (second)
-      all[into] = BACKWARD ? pack_fragment<E, 1>(at - panels.first, int(terms), WeightColumns<E>{p, owner, 2, 1})
-                           : pack_fragment<E, 1>(at - panels.first, int(terms), WeightRows<E>{p, owner, 2});
+      all[into] = BACKWARD ? pack_fragment<E, 1>(at - int(panels.first), terms, WeightColumns<E>{p, owner, 2, 1})
+                           : pack_fragment<E, 1>(at - int(panels.first), terms, WeightRows<E>{p, owner, 2});
     else if constexpr (BACKWARD)
-      all[into] = pack_fragment<E, 1>(at, int(terms) * kFed<C>, WeightColumns<E>{p, owner, 0, kFed<C>});
+      all[into] = pack_fragment<E, 1>(at, terms * kFed<C>, WeightColumns<E>{p, owner, 0, kFed<C>});
     else
-      all[into] = pack_fragment<E, kFirst<C>>(at, int(terms), WeightRows<E>{p, owner, 0});
+      all[into] = pack_fragment<E, kFirst<C>>(at, terms, WeightRows<E>{p, owner, 0});
   }
 }
 

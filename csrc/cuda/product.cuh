@@ -81,7 +81,7 @@ template <int N, int Tiles>
 struct Held {
   uint32_t a[Tiles][N][4];
 
-  // weight(g, u, k): an element of the panel, zero beyond the terms.
+  // weight.pair(g, u, k, x): the elements k, which is even, and k + 1 of the panel, zeros beyond the terms.
   template <class E, class Weight>
   FSQ_DEVICE void load(const Panel<E>& w, int parts, const Weight& weight) {
     static_assert(sizeof(E) == 2, "registers hold pairs");
@@ -93,7 +93,8 @@ struct Held {
       for (int g = 0; g < N; ++g) FSQ_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int u = unit + i % 2 * 8, k = k0 + t * parts * kTermTile + i / 2 * 8;
-        const E pair[2] = {weight(g, u, k), weight(g, u, k + 1)};
+        E pair[2];
+        weight.pair(g, u, k, pair);
         memcpy(&a[t][g][i], pair, 4);
       }
     }
@@ -122,16 +123,17 @@ struct Unpacked {
   static constexpr bool kThere = false;
 };
 
-// What the lane of element i of a packed panel holds. weight(g, u, k): an element of the panel, zero beyond the terms.
+// What the lane of element i of a packed panel holds; `weight` as in Held.
 template <class E, int N, class Weight>
-FSQ_DEVICE uint4 pack_fragment(int64_t i, int terms, const Weight& weight) {
-  const int lane = int(i % 32), g = int(i / 32 % N), tile = int(i / 32 / N % (terms / kTermTile));
-  const int unit = int(i / 32 / N / (terms / kTermTile)) * kUnitTile + lane / 4, k = tile * kTermTile + lane % 4 * 2;
+FSQ_DEVICE uint4 pack_fragment(int i, int terms, const Weight& weight) {
+  const int lane = i % 32, g = i / 32 % N, tile = i / 32 / N % (terms / kTermTile);
+  const int unit = i / 32 / N / (terms / kTermTile) * kUnitTile + lane / 4, k = tile * kTermTile + lane % 4 * 2;
   uint32_t a[4];
   FSQ_UNROLL
   for (int j = 0; j < 4; ++j) {
     const int u = unit + j % 2 * 8, kk = k + j / 2 * 8;
-    const E pair[2] = {weight(g, u, kk), weight(g, u, kk + 1)};
+    E pair[2];
+    weight.pair(g, u, kk, pair);
     memcpy(&a[j], pair, 4);
   }
   return {a[0], a[1], a[2], a[3]};

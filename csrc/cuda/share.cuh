@@ -49,6 +49,23 @@ struct Share : Owner {
   }
 };
 
+// Elements of 16 bytes of a tensor: what a thread reads at a time where rows begin at multiples of as many bytes.
+template <class E>
+constexpr int kWide = 16 / int(sizeof(Stored<E>));
+template <class E>
+FSQ_DEVICE bool is_wide(const CudaScanParams& p, const void* w) {
+  return p.R % kWide<E> == 0 && reinterpret_cast<uintptr_t>(w) % 16 == 0;
+}
+// kWide of them as operands.
+template <class E>
+FSQ_DEVICE void read_wide(const Stored<E>* from, E (&x)[kWide<E>]) {
+  const uint4 packed = *reinterpret_cast<const uint4*>(from);
+  Stored<E> stored[kWide<E>];
+  memcpy(stored, &packed, sizeof(packed));
+  FSQ_UNROLL
+  for (int i = 0; i < kWide<E>; ++i) x[i] = operand<E>(stored[i]);
+}
+
 // Rows of W_hh of this rank's units, gates from `first` on; zeros beyond H.
 template <class E>
 struct WeightRows {
@@ -56,17 +73,53 @@ struct WeightRows {
   Owner owner;
   int first;
 
-  FSQ_DEVICE E operator()(int g, int u, int k) const {
-    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[owner.d]);
-    const int64_t unit = int64_t(owner.rank) * owner.units + u, gate = first + g;
-    return unit < p.H && k < p.H ? operand<E>(w[(gate * p.H + unit) * p.R + k]) : narrow<E>(0);
+  FSQ_DEVICE const Stored<E>* row(int g, int64_t unit) const {
+    return static_cast<const Stored<E>*>(p.w_hh[owner.d]) + ((first + g) * p.H + unit) * p.R;
   }
-  // What of the panel is not held.
+  FSQ_DEVICE E operator()(int g, int u, int k) const {
+    const int64_t unit = int64_t(owner.rank) * owner.units + u;
+    return unit < p.H && k < p.H ? operand<E>(row(g, unit)[k]) : narrow<E>(0);
+  }
+  // k, which is even, and k + 1.
+  FSQ_DEVICE void pair(int g, int u, int k, E (&x)[2]) const {
+    const int64_t unit = int64_t(owner.rank) * owner.units + u;
+    x[0] = x[1] = narrow<E>(0);
+    if (unit >= p.H || k >= p.H) return;
+    const Stored<E>* const from = row(g, unit) + k;
+    if (k + 1 < p.H && reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
+      static_assert(sizeof(Stored<E>) == 2, "pairs are of half types");
+      const uint32_t packed = *reinterpret_cast<const uint32_t*>(from);
+      memcpy(x, &packed, sizeof(packed));
+    } else {
+      x[0] = from[0];
+      if (k + 1 < p.H) x[1] = from[1];
+    }
+  }
+  // What of the panel is not held: a warp takes a row at a time.
   FSQ_DEVICE void load(const Panel<E>& panel, int gates) const {
-    const int terms = panel.terms - panel.held;
-    for (int i = int(threadIdx.x); i < gates * panel.units * terms; i += int(blockDim.x)) {
-      const int row = i / terms, k = panel.held + i % terms;
-      panel.data.store(panel.at(row, k), (*this)(row / panel.units, row % panel.units, k));
+    const int lane = int(threadIdx.x) % 32;
+    const bool wide = is_wide<E>(p, p.w_hh[owner.d]);
+    for (int r = int(threadIdx.x) / 32; r < gates * panel.units; r += int(blockDim.x) / 32) {
+      const int g = r / panel.units, u = r % panel.units;
+      const int64_t unit = int64_t(owner.rank) * owner.units + u;
+      if (wide) {
+        FSQ_UNROLL_BY(4)
+        for (int k = panel.held + lane * kWide<E>; k < panel.terms; k += 32 * kWide<E>) {
+          E x[kWide<E>];
+          if (unit < p.H && k < p.H) {
+            read_wide<E>(row(g, unit) + k, x);
+          } else {
+            FSQ_UNROLL
+            for (int i = 0; i < kWide<E>; ++i) x[i] = narrow<E>(0);
+          }
+          uint4 packed;
+          memcpy(&packed, x, sizeof(packed));
+          panel.data.store(panel.at(r, k), packed);
+        }
+      } else {
+        FSQ_UNROLL_BY(4)
+        for (int k = panel.held + lane; k < panel.terms; k += 32) panel.data.store(panel.at(r, k), (*this)(g, u, k));
+      }
     }
   }
 };
@@ -78,18 +131,59 @@ struct WeightColumns {
   Owner owner;
   int first, gates;
 
-  FSQ_DEVICE E operator()(int, int u, int k) const {
-    const Stored<E>* const w = static_cast<const Stored<E>*>(p.w_hh[owner.d]);
-    const int units = owner.units, width = gates * units;
-    const int64_t gate = first + k % width / units, row = int64_t(k / width) * units + k % units;
-    const int64_t unit = int64_t(owner.rank) * units + u;
-    return unit < p.H && row < p.H ? operand<E>(w[(gate * p.H + row) * p.R + unit]) : narrow<E>(0);
+  // A row of W_hh, by its gate and unit.
+  struct Term {
+    int64_t gate, unit;
+  };
+  FSQ_DEVICE Term term(int k) const {
+    const int units = owner.units, width = gates * units, in = k % width;
+    return {first + in / units, int64_t(k / width) * units + in % units};
   }
+  FSQ_DEVICE const Stored<E>* row(Term term, int64_t unit) const {
+    return static_cast<const Stored<E>*>(p.w_hh[owner.d]) + (term.gate * p.H + term.unit) * p.R + unit;
+  }
+  // k, which is even, and k + 1: of the same slice and gate.
+  FSQ_DEVICE void pair(int, int u, int k, E (&x)[2]) const {
+    const int64_t unit = int64_t(owner.rank) * owner.units + u;
+    const Term from = term(k);
+    x[0] = x[1] = narrow<E>(0);
+    if (unit >= p.H || from.unit >= p.H) return;
+    const E* const at = row(from, unit);
+    x[0] = at[0];
+    if (from.unit + 1 < p.H) x[1] = at[p.R];
+  }
+  // A thread takes the terms of a word, which lie side by side in the panel, and of them kWide units at a time, which
+  // lie side by side in memory.
   FSQ_DEVICE void load(const Panel<E>& panel) const {
-    const int terms = panel.terms - panel.held;
-    for (int i = int(threadIdx.x); i < panel.units * terms; i += int(blockDim.x)) {
-      const int k = panel.held + i / panel.units, u = i % panel.units;  // neighbours read neighbouring addresses
-      panel.data.store(panel.at(u, k), (*this)(0, u, k));
+    constexpr int kWord = 4 / int(sizeof(E));
+    const bool wide = is_wide<E>(p, p.w_hh[owner.d]);
+    for (int k = panel.held + int(threadIdx.x) * kWord; k < panel.terms; k += int(blockDim.x) * kWord) {
+      const Term from = term(k);
+      FSQ_UNROLL_BY(2)
+      for (int u = 0; u < panel.units; u += kWide<E>) {
+        const int64_t unit = int64_t(owner.rank) * owner.units + u;
+        E x[kWord][kWide<E>];
+        FSQ_UNROLL
+        for (int c = 0; c < kWord; ++c) {
+          const bool there = from.unit + c < p.H;
+          const Stored<E>* const at = row({from.gate, from.unit + c}, unit);
+          if (wide && there && unit < p.H) {
+            read_wide<E>(at, x[c]);
+          } else {
+            FSQ_UNROLL
+            for (int i = 0; i < kWide<E>; ++i) x[c][i] = there && unit + i < p.H ? operand<E>(at[i]) : narrow<E>(0);
+          }
+        }
+        FSQ_UNROLL
+        for (int i = 0; i < kWide<E>; ++i) {
+          E word[kWord];
+          FSQ_UNROLL
+          for (int c = 0; c < kWord; ++c) word[c] = x[c][i];
+          uint32_t packed;
+          memcpy(&packed, word, sizeof(packed));
+          panel.data.store(panel.at(u + i, k), packed);
+        }
+      }
     }
   }
 };
