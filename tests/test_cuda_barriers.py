@@ -20,7 +20,7 @@ SMALL = [
     BarrierCase("block", 1, 160, tier="block"),
     *(BarrierCase("cluster", ctas, 64) for ctas in (2, 8, 16)),
     *(BarrierCase("cluster_exchange", ctas, 64, 16, tier="cluster") for ctas in (2, 3, 8, 16)),
-    *(BarrierCase(f"warp_exchange_{rows}", ctas, 256) for rows in (4, 8) for ctas in (1, 2, 5)),
+    *(BarrierCase(f"warp_exchange_{rows}", ctas, 256) for rows in (4, 8) for ctas in (2, 3, 5)),
     BarrierCase("flag", 2, 32),
     *(BarrierCase("grid_exchange", ctas, 64, 16, tier="grid") for ctas in (2, 3, 7)),
     BarrierCase("grid", 0, 64),

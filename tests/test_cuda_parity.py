@@ -143,7 +143,7 @@ SMALL_BY_WARP = [
 ]  # fmt: skip
 LARGE_BY_WARP = [
     ("T3B9I3H140-bi-bf-lengths0-resets-cells", 16, 4), ("T2B70I3H260-nostate", 2, 8),
-    ("T3B9I3H509-lengths0-resets", 64, 4), ("T2B12I3H450", 2, 8), ("T4B3I2H512", 16, 4),
+    ("T3B9I3H509-lengths0-resets", 64, 4), ("T2B12I3H450", 4, 8), ("T4B3I2H512", 16, 4),
 ]  # fmt: skip
 # In half types the sums of a large rnn_relu may fall on the other side of 0 (docs/dev/status.md). But for the
 # activation its kernel is rnn_tanh's.
@@ -160,9 +160,9 @@ def test_warps_that_go_their_own_way(cell: str, text: str, sms: int, tile: int, 
     case = Case.parse(cell, text)
     with cuda_emulated.device(sms=sms):
         chosen = [planned(case, dtype, backward) for backward in (False, True)]
-    assert any(plan.by_warp for plan in chosen)
+    assert all(plan.by_warp for plan in chosen)
     if GATES[cell] > 1:
-        assert chosen[0].rows == tile and chosen[0].ranks == -(-case.H // 32)
+        assert chosen[0].rows == tile and chosen[0].ranks == max(2, -(-case.H // 32))
     run(case, dtype, seed=len(text) + sms, sms=sms)
 
 
@@ -179,9 +179,9 @@ def test_warps_that_go_their_own_way_in_tf32(text: str, sms: int, tile: int, cel
     case = Case.parse(cell, text)
     with cuda_emulated.device(sms=sms):
         chosen = [planned(case, torch.float32, backward, tf32=True) for backward in (False, True)]
-    assert any(plan.by_warp for plan in chosen)
+    assert all(plan.by_warp for plan in chosen)
     if GATES[cell] > 1:
-        assert chosen[0].rows == tile and chosen[0].ranks == -(-case.H // 32)
+        assert chosen[0].rows == tile and chosen[0].ranks == max(2, -(-case.H // 32))
     run(case, torch.float32, seed=len(text) + sms, tf32=True, sms=sms)
 
 

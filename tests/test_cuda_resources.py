@@ -162,7 +162,8 @@ def test_warps_that_go_their_own_way_keep_their_weights_in_registers() -> None:
         assert count("LDL|STL") == 0, f"{name}: spills in its step"
         assert count("HMMA") == (24 if name.startswith("warp_backward gru") else 32), name
         backward = name.startswith("warp_backward")
-        assert count("STAS") == (4 if backward and "Tf32" not in name else 2), name
+        # Backward a piece of each tile; forward two, those that all lanes send apart from those that some do.
+        assert count("STAS") in (([2] if "Tf32" in name else [4]) if backward else [2, 3, 4]), name
         assert count("BAR") == backward, name
 
 

@@ -245,6 +245,10 @@ def test_bugs_of_mbarriers(cases, seed, bug, bulk, messages):
     assert any(message in error for message in messages), error
 
 
+def test_asynchronous_stores_need_a_cluster_of_two(cases, seed):
+    assert "st_async: a cluster of one block has no such stores" in cases.relay(0, 0, values(1, 64), 64, 1, 1, 3)
+
+
 @pytest.mark.parametrize("threads", [32, 128])
 def test_echo(cases, seed, threads):
     """Data that tells of the reads before it."""

@@ -160,9 +160,11 @@ struct WarpExchange {
     FSQ_UNROLL
     for (int c = 0; c < Piece::kMost; ++c) {
       const int to = piece.first + c * piece.step;
-      channel.send(to < ranks, n, channel.place(piece.piece, to < ranks ? to : 0), uint4{word, word, word, word});
+      channel.send_if(to < ranks, n, channel.place(piece.piece, (to + rank) % ranks), uint4{word, word, word, word});
     }
-    return channel.wait(n, rounds);
+    const bool came = channel.wait(n);
+    if (threadIdx.x == 0) channel.rearm(n, rounds);
+    return came;
   }
   FSQ_DEVICE uint32_t end(int) const {
     channel.end();

@@ -72,6 +72,30 @@ int bytes_of(const CudaScanParams& p, const CudaPlan& plan, bool backward) {
                                           : grid_bytes(p, plan, backward);
 }
 
+// The kernels whose warps go their own way: whether they take the scan.
+bool fit_by_warp(const CudaScanParams& p, bool backward, const Device& device, CudaPlan& plan, double& best) {
+  CudaPlan one{};
+  one.tier = CudaTier::cluster;
+  one.stuck = -1;
+  one.by_warp = true;
+  one.warps = 8;
+  one.units = warp_units(p.cell);
+  one.ranks = p.H > one.units ? int((p.H + one.units - 1) / one.units) : 2;  // one has no asynchronous stores
+  if (!warp_takes(p) || one.ranks > device.max_cluster) return false;
+  best = 0;
+  for (int rows : {8, 4}) {
+    one.rows = rows;
+    one.shared = warp_bytes(p, one, backward);
+    const int64_t together = one.shared > device.shared_per_block ? 0 : warp_resident(p, one, backward);
+    if (!together) continue;
+    const double clocks = warp_clocks(p, backward, one, together);
+    if (best && clocks >= best) continue;
+    best = clocks;
+    plan = one;
+  }
+  return best > 0;
+}
+
 // Why this tier does not take the scan, empty if it does; fills in the plan and the clocks of a step.
 std::string fit(const CudaScanParams& p, bool backward, const Device& device, CudaTier tier, bool by_warp,
                 CudaPlan& plan, double& best) {
@@ -87,6 +111,7 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
   if (p.dtype == DType::f64) return "float64 has no kernel that keeps its weights";
   if (p.w_hr[0]) return "a projection needs a second product";
   if (tier == CudaTier::cluster && device.max_cluster < 2) return "the device has no clusters";
+  if (tier == CudaTier::cluster && by_warp && fit_by_warp(p, backward, device, plan, best)) return "";
   const int fewest = tier == CudaTier::block ? 1 : 2;
   const int most = tier == CudaTier::block ? 1 : tier == CudaTier::cluster ? device.max_cluster : device.sm_count;
   best = 0;
@@ -119,26 +144,6 @@ std::string fit(const CudaScanParams& p, bool backward, const Device& device, Cu
       }
       best = clocks;
       plan = one;
-    }
-  }
-  if (tier == CudaTier::cluster && by_warp && warp_takes(p)) {
-    CudaPlan lane = CudaPlan{};
-    lane.tier = tier;
-    lane.stuck = -1;
-    lane.by_warp = true;
-    lane.warps = 8;
-    lane.units = warp_units(p.cell);
-    lane.ranks = int((p.H + lane.units - 1) / lane.units);
-    for (int rows : {8, 4}) {
-      lane.rows = rows;
-      lane.shared = warp_bytes(p, lane, backward);
-      if (lane.ranks > device.max_cluster || lane.shared > device.shared_per_block) continue;
-      const int64_t together = warp_resident(p, lane, backward);
-      if (!together) continue;
-      const double clocks = warp_clocks(p, backward, lane, together);
-      if (best && clocks >= best) continue;
-      best = clocks;
-      plan = lane;
     }
   }
   return best ? "" : "the weights do not fit into shared memory";

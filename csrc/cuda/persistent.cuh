@@ -81,12 +81,12 @@ FSQ_DEVICE void forward_scan(const CudaScanParams& p, const CudaPlan& plan) {
   __syncthreads();
   // Every rank begins with all of h0.
   if (p.h0)
-    for (int i = int(threadIdx.x); i < plan.ranks * plan.rows * width; i += int(blockDim.x)) {
-      const int rank = i / (plan.rows * width), b = i / width % plan.rows;
-      const Spot s{share.d, share.b0 + b, int64_t(rank) * width + i % width, {0, 0}};
-      if (s.b < p.B && s.u < p.H)
-        m.h.slices.data.store(m.h.slices.at(0, rank) + b * m.h.slices.pitch() + i % width,
-                              narrow<E>(initial<Stored<E>>(p, p.h0, s, p.H)));
+    for (int r = int(threadIdx.x) / 32; r < plan.ranks * plan.rows; r += plan.warps) {
+      const int rank = r / plan.rows, b = r % plan.rows, to = m.h.slices.at(0, rank) + b * m.h.slices.pitch();
+      for (int u = int(threadIdx.x) % 32; u < width; u += 32) {
+        const Spot s{share.d, share.b0 + b, int64_t(rank) * width + u, {0, 0}};
+        if (s.b < p.B && s.u < p.H) m.h.slices.data.store(to + u, narrow<E>(initial<Stored<E>>(p, p.h0, s, p.H)));
+      }
     }
   Element element[kElements];
   Bias<C, Stored<E>> bias;

@@ -289,8 +289,20 @@ FSQ_PTX void st_remote(uint32_t remote, T value) {
   }
 }
 
+// A value of 8 bytes of this CTA, by its address: where the compiler would rather form a pointer anew than keep it.
+FSQ_PTX uint2 ld_shared_8(uint32_t shared) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(shared) : "memory");
+  return value;
+}
+// x, of which the compiler no longer knows how it came about.
+FSQ_PTX uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Asynchronous store of 4, 8 or 16 bytes: `remote_mbarrier`, in the same CTA as `remote`, counts sizeof(T) bytes when
-// the value can be read there.
+// the value can be read there. The CTA may be this thread's own, but a cluster of one CTA has no such stores.
 template <class T>
 FSQ_PTX void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
@@ -310,7 +322,7 @@ FSQ_PTX void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
         "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(remote_mbarrier) : "memory"));
 }
 
-// The same of 16 bytes where `when` holds, without a branch.
+// The same of 16 bytes where `when` holds.
 template <class T>
 FSQ_PTX void st_async_if(bool when, uint32_t remote, T value, uint32_t remote_mbarrier) {
   static_assert(sizeof(T) == 16, "16 bytes");

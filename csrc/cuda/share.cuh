@@ -56,14 +56,19 @@ template <class E>
 FSQ_DEVICE bool is_wide(const CudaScanParams& p, const void* w) {
   return p.R % kWide<E> == 0 && reinterpret_cast<uintptr_t>(w) % 16 == 0;
 }
-// kWide of them as operands.
+// kWide of them as operands, which are as wide.
 template <class E>
-FSQ_DEVICE void read_wide(const Stored<E>* from, E (&x)[kWide<E>]) {
+FSQ_DEVICE uint4 read_wide(const Stored<E>* from) {
   const uint4 packed = *reinterpret_cast<const uint4*>(from);
+  if constexpr (std::is_same_v<E, Stored<E>>) return packed;
   Stored<E> stored[kWide<E>];
   memcpy(stored, &packed, sizeof(packed));
+  E x[kWide<E>];
   FSQ_UNROLL
   for (int i = 0; i < kWide<E>; ++i) x[i] = operand<E>(stored[i]);
+  uint4 operands;
+  memcpy(&operands, x, sizeof(operands));
+  return operands;
 }
 
 // Rows of W_hh of this rank's units, gates from `first` on; zeros beyond H.
@@ -105,16 +110,8 @@ struct WeightRows {
       if (wide) {
         FSQ_UNROLL_BY(4)
         for (int k = panel.held + lane * kWide<E>; k < panel.terms; k += 32 * kWide<E>) {
-          E x[kWide<E>];
-          if (unit < p.H && k < p.H) {
-            read_wide<E>(row(g, unit) + k, x);
-          } else {
-            FSQ_UNROLL
-            for (int i = 0; i < kWide<E>; ++i) x[i] = narrow<E>(0);
-          }
-          uint4 packed;
-          memcpy(&packed, x, sizeof(packed));
-          panel.data.store(panel.at(r, k), packed);
+          const bool there = unit < p.H && k < p.H;
+          panel.data.store(panel.at(r, k), there ? read_wide<E>(row(g, unit) + k) : uint4{0, 0, 0, 0});
         }
       } else {
         FSQ_UNROLL_BY(4)
@@ -168,7 +165,8 @@ struct WeightColumns {
           const bool there = from.unit + c < p.H;
           const Stored<E>* const at = row({from.gate, from.unit + c}, unit);
           if (wide && there && unit < p.H) {
-            read_wide<E>(at, x[c]);
+            const uint4 packed = read_wide<E>(at);
+            memcpy(x[c], &packed, sizeof(packed));
           } else {
             FSQ_UNROLL
             for (int i = 0; i < kWide<E>; ++i) x[c][i] = there && unit + i < p.H ? operand<E>(at[i]) : narrow<E>(0);

@@ -17,7 +17,7 @@ struct CudaDevice {
 // The current device.
 std::string cuda_device(CudaDevice& device);
 // How this device would run the scan. `tier` below 0 chooses the fastest tier that takes it, else it must be that one.
-// by_warp: tier cluster may take the kernels of warp_scan.cuh.
+// by_warp: tier cluster is the kernels of warp_scan.cuh, for what these take.
 std::string cuda_plan(const CudaScanParams& p, bool backward, int tier, bool by_warp, CudaPlan& plan);
 // Tier `step`, where the caller forms the recurrent products: the address of the product of a turn, enqueued on the
 // same stream, in the compute type. Forward: h W_hh^T [D,B,G*H], h [D,B,R] lying at the front of the workspace in even

@@ -1,10 +1,13 @@
 // How the warps of a cluster hand values to each other without a barrier of their blocks: pieces of 16 bytes, each by
 // an asynchronous store into the shared memory of the rank that needs it, whose mbarrier counts the bytes.
 //
-// A channel has two buffers. The n-th publication fills buffer (n + 1) % 2 of every rank, and each warp of every rank
-// has a part in it. Whoever has seen all of publication n knows by it that every warp has read publication n - 1: a
-// warp sends only what it has computed from all of it. So the buffer may be written again, and no other word is needed.
-// sm_90
+// A channel has two buffers. The n-th publication fills buffer (n + 1) % 2 of every rank, and every rank has a part in
+// it. Whoever has seen all of publication n knows by it that publication n - 1 has been read everywhere: what is sent
+// was computed after that, by a warp from all that it had read itself, or behind a barrier of its block where some
+// warps of a rank send a peer nothing. So the buffer may be written again, and no other word is needed. Nor is an
+// acquire of the cluster's scope: of shared memory there is one copy, and what it would invalidate is the L1.
+//
+// Of two ranks or more: a cluster of one CTA has no asynchronous stores. sm_90
 #pragma once
 #include "cuda/exchange.cuh"
 
@@ -54,19 +57,24 @@ struct WarpChannel {
   FSQ_DEVICE Place place(int piece, int rank) const {
     return {ptx::mapa(data.address(piece * kIn), uint32_t(rank)), ptx::mapa(full.address(0), uint32_t(rank))};
   }
-  // Where `when` holds. The warp's lanes have read all that they will of publication n - 1, and __syncwarp stands in
-  // between.
+  // By every lane, or where `when` holds. The warp's lanes have read all that they will of publication n - 1, and
+  // __syncwarp stands in between.
   template <class V>
-  FSQ_DEVICE void send(bool when, int n, const Place& to, V value) const {
+  FSQ_DEVICE void send(int n, const Place& to, V value) const {
+    const uint32_t which = uint32_t(n + 1) % 2;
+    ptx::st_async(to.data + which * uint32_t(size * kPiece), value, to.full + which * uint32_t(sizeof(uint64_t)));
+  }
+  template <class V>
+  FSQ_DEVICE void send_if(bool when, int n, const Place& to, V value) const {
     const uint32_t which = uint32_t(n + 1) % 2;
     ptx::st_async_if(when, to.data + which * uint32_t(size * kPiece), value,
                      to.full + which * uint32_t(sizeof(uint64_t)));
   }
   // False, to all lanes of a warp, if the others did not answer.
-  FSQ_DEVICE bool wait(int n, int publications) const {
-    const bool came = arrived(full.address((n + 1) % 2), uint32_t(n / 2 % 2));
-    if (threadIdx.x == 0 && n + 2 < publications) expect(n + 2);
-    return came;
+  FSQ_DEVICE bool wait(int n) const { return arrived(full.address((n + 1) % 2), uint32_t(n / 2 % 2)); }
+  // After the wait for publication n and before this warp's part in the next, by one thread of the block.
+  FSQ_DEVICE void rearm(int n, int publications) const {
+    if (n + 2 < publications) expect(n + 2);
   }
   // What was sent to this CTA it has waited for, and what it sent was in registers: but a CTA must not leave while a
   // peer has not begun to wait for the others.

@@ -87,16 +87,19 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
   typename WarpChannel<uint2>::Place to[Piece::kMost];
   FSQ_UNROLL
   for (int c = 0; c < Piece::kMost; ++c) {
-    const int rank = piece.first + c * piece.step;
-    to[c] = m.state.place(piece.piece, rank < plan.ranks ? rank : 0);
+    // Counted from this rank, so that not all send to the same ones first.
+    to[c] = m.state.place(piece.piece, (piece.first + c * piece.step + share.rank) % plan.ranks);
   }
-  const int from = first_of_lane(m.blocks, plan.rows), groups = m.blocks / (WarpRows<C, E>::kTogether * 4);
+  const uint32_t from = ptx::opaque(m.state.data.address(first_of_lane(m.blocks, plan.rows)));
+  const uint32_t one = ptx::opaque(threadIdx.x == 0), stuck = ptx::opaque(plan.stuck == share.rank);
+  const int groups = m.blocks / (WarpRows<C, E>::kTogether * 4);
   m.state.begin(publications);
 
   for (int i = 0; i < steps; ++i) {
-    if (i > 0 && !m.state.wait(i - 1, publications)) give_up_warp(p);
+    if (i > 0 && !m.state.wait(i - 1)) give_up_warp(p);
     float sums[4];
-    weights.multiply(m.state.data, m.state.at(i - 1) + from, groups, sums);
+    weights.multiply(from + uint32_t(m.state.at(i - 1)) * 8, groups, sums);
+    if (one && i > 0) m.state.rearm(i - 1, publications);
     if constexpr (Piece::kGates) {
       float slots[4];
       exchange_slots(sums, slots);
@@ -113,10 +116,14 @@ FSQ_DEVICE void warp_forward_scan(const CudaScanParams& p, const CudaPlan& plan)
     }
     const uint4 next = Piece::gather(last);
     __syncwarp();  // what any lane has read of the state before may be overwritten
-    const bool sends = i + 1 < steps && (plan.stuck != share.rank || i == 0);
-    FSQ_UNROLL
-    for (int c = 0; c < Piece::kMost; ++c)
-      m.state.send(sends && piece.first + c * piece.step < plan.ranks, i, to[c], next);
+    if (i + 1 < steps && !(stuck && i > 0)) FSQ_UNROLL
+    for (int c = 0; c < Piece::kMost; ++c) {
+      const int past = (c + 1) * piece.step;
+      if (past <= plan.ranks)
+        m.state.send(i, to[c], next);
+      else if (past - piece.step < plan.ranks)
+        m.state.send_if(piece.first + c * piece.step < plan.ranks, i, to[c], next);
+    }
     // While the state is on its way: what the step leaves behind, and what the next one needs.
     const Moment after = moment(p, i + 1 < steps ? time_of(share.d, i + 1, steps) : -1);
     FSQ_UNROLL
@@ -150,29 +157,44 @@ struct WarpColumns {
   static constexpr int kTerms = kBlocks / 4;                                 // tiles of them
   uint32_t a[kTiles][kTerms][4];
 
-  FSQ_DEVICE static int tile(int i) { return int(threadIdx.x) / 32 + i * WarpTile<C>::kWarps; }
+  // Floats from one rank's sums to the next's, rows that a tile may not have included: then their place is known to the
+  // compiler.
+  static constexpr int kFromRank = kOwned * kUnitTile * kRowTile;
+  static constexpr int kMostRanks = kMostTerms<E> / WarpTile<C>::kUnits;
+  typedef Stored<E> Weight;
+  typedef std::conditional_t<sizeof(E) == 2, uint32_t, uint2> Pair;
+
+  // The i-th of `count` tiles of a warp. Each rank begins with another, so that not all send to the same ones first.
+  FSQ_DEVICE static int tile(int i, int count, int rank) {
+    return int(threadIdx.x) / 32 + (i + rank) % count * WarpTile<C>::kWarps;
+  }
 
   // Rows g and g + 8 of a tile are the units 2g and 2g + 1, which lie side by side in W_hh.
-  FSQ_DEVICE void load(const CudaScanParams& p, const Owner& owner) {
+  FSQ_DEVICE void load(const CudaScanParams& p, const Owner& owner, int count) {
+    if (p.R % 2 == 0 && reinterpret_cast<uintptr_t>(p.w_hh[owner.d]) % sizeof(Pair) == 0)
+      load_all<true>(p, owner, count);
+    else
+      load_all<false>(p, owner, count);
+  }
+  // Wide: two units of a row at a time.
+  template <bool Wide>
+  FSQ_DEVICE void load_all(const CudaScanParams& p, const Owner& owner, int count) {
     const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    typedef Stored<E> Weight;
     const Weight* const w = static_cast<const Weight*>(p.w_hh[owner.d]);
-    typedef std::conditional_t<sizeof(E) == 2, uint32_t, uint2> Pair;
-    const bool pairs = p.H % 2 == 0 && reinterpret_cast<uintptr_t>(w) % sizeof(Pair) == 0;
     const int of_gate = owner.units / kBlock<E>;
     FSQ_UNROLL
     for (int i = 0; i < kTiles; ++i) FSQ_UNROLL
     for (int k = 0; k < kTerms; ++k) {
       const int block = 4 * k + t, gate = block / of_gate;
       const int64_t unit = int64_t(owner.rank) * owner.units + block % of_gate * kBlock<E>;
-      const int64_t into = int64_t(tile(i)) * kUnitTile + 2 * g;
+      const int64_t into = i < count ? int64_t(tile(i, count, owner.rank)) * kUnitTile + 2 * g : p.H;
       E x[2][kBlock<E>];
       FSQ_UNROLL
       for (int c = 0; c < kBlock<E>; ++c) {
         const Weight* const at = w + (gate * p.H + unit + c) * p.R + into;
         Weight both[2] = {narrow<Weight>(0), narrow<Weight>(0)};
         if (unit + c < p.H && into < p.H) {
-          if (pairs) {
+          if constexpr (Wide) {
             const Pair packed = *reinterpret_cast<const Pair*>(at);
             memcpy(both, &packed, sizeof(both));
           } else {
@@ -202,14 +224,12 @@ struct WarpColumns {
     }
   }
 
-  // Of one value, what all ranks sent; `at`: what rank 0 did.
-  FSQ_DEVICE static float total(const SharedSpan<float>& sent, int at, const CudaPlan& plan) {
-    constexpr int kMostRanks = kMostTerms<E> / WarpTile<C>::kUnits, kSide = 4;
-    const int next = kOwned * kUnitTile * plan.rows;
+  // Of one value, what all ranks sent; `at`: what rank 0 did. There are zeros where there is no rank.
+  FSQ_DEVICE static float total(const SharedSpan<float>& sent, int at) {
+    constexpr int kSide = 4;
     float sums[kSide] = {};
     FSQ_UNROLL
-    for (int rank = 0; rank < kMostRanks; ++rank)
-      if (rank < plan.ranks) sums[rank % kSide] += sent[at + rank * next];
+    for (int rank = 0; rank < kMostRanks; ++rank) sums[rank % kSide] += sent[at + rank * kFromRank];
     return sums[0] + sums[1] + (sums[2] + sums[3]);
   }
 };
@@ -217,14 +237,15 @@ struct WarpColumns {
 template <Cell C, class E>
 struct WarpBackwardMemory {
   typedef WarpColumns<C, E> Columns;
-  WarpChannel<float> sums;  // [ranks][owned tiles][8 lanes' rows][row pairs][4], as accumulators hold them
-  SharedSpan<E> fed;        // [2][rows / 4][blocks][4 rows][block]: gate gradients of this rank
+  // [kMostRanks][kFromRank]: [owned tiles][8 lanes' rows][row pairs][4], as accumulators hold them
+  WarpChannel<float> sums;
+  SharedSpan<E> fed;  // [2][rows / 4][blocks][4 rows][block]: gate gradients of this rank
 
   template <class Arena>
   FSQ_BOTH static WarpBackwardMemory carve(Arena& arena, const CudaPlan& plan) {
     WarpBackwardMemory m;
-    const int pieces = plan.ranks * Columns::kOwned * 4 * plan.rows;
-    m.sums = WarpChannel<float>::carve(arena, pieces, pieces);
+    constexpr int kPieces = Columns::kMostRanks * Columns::kFromRank / WarpChannel<float>::kIn;
+    m.sums = WarpChannel<float>::carve(arena, kPieces, plan.ranks * Columns::kOwned * 4 * plan.rows);
     m.fed = arena.template take<E>(2 * plan.rows * Columns::kBlocks * kBlock<E>);
     return m;
   }
@@ -252,8 +273,10 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
     return Spot{share.d, share.b0 + row, int64_t(share.rank) * plan.units + unit0 + n * unit_step, when};
   };
 
+  const int tiles = plan.ranks * Columns::kOwned, count = (tiles + Tile::kWarps - 1) / Tile::kWarps;
   Columns weights;
-  weights.load(f, share);
+  weights.load(f, share, count);
+  for (int i = int(threadIdx.x); i < 2 * m.sums.size * m.sums.kIn; i += int(blockDim.x)) m.sums.data.store(i, 0.0f);
   for (int i = int(threadIdx.x); i < 2 * rows * Columns::kBlocks; i += int(blockDim.x))
     m.fed.store(i * kBlock<E>, uint2{0, 0});
   Backward<C, Stored<E>> element[kElements] = {};
@@ -269,20 +292,20 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
     dc[n] = C == Cell::lstm && there ? initial<Stored<E>>(f, p.dc_n, s, f.H) : 0;
     element[n].load(p, s, length[n]);
   }
-  const int tiles = plan.ranks * Columns::kOwned;
-  const int count = (tiles + Tile::kWarps - 1) / Tile::kWarps;
-  const int piece = (share.rank * Columns::kOwned + warp % Columns::kOwned) * 4 * rows + g * (rows / 2) + t;
+  const int piece =
+      share.rank * Columns::kFromRank / m.sums.kIn + warp % Columns::kOwned * 4 * rows + g * (rows / 2) + t;
   const int first = first_of_lane(Columns::kBlocks, rows), fed_size = rows * Columns::kBlocks;
   m.sums.begin(steps);
+  const uint32_t one = ptx::opaque(threadIdx.x == 0), stuck = ptx::opaque(plan.stuck == share.rank);
 
   // One turn more than there are steps: the last gathers the gradients of the first states.
   for (int turn = 0; turn <= steps; ++turn) {
-    if (turn > 0 && !m.sums.wait(turn - 1, steps)) give_up_warp(f);
+    if (turn > 0 && !m.sums.wait(turn - 1)) give_up_warp(f);
     const int into = turn % 2 * fed_size;
     FSQ_UNROLL
     for (int n = 0; n < kElements; ++n) {
       if (!any(n)) continue;
-      if (turn > 0) carry[n] += Columns::total(m.sums.data, m.sums.at(turn - 1) + cell + n * Tile::kThreads, plan);
+      carry[n] += Columns::total(m.sums.data, m.sums.at(turn - 1) + cell + n * Tile::kThreads);
       // Of rows at rest too, for nothing: a branch would cost more.
       float fed[kGatesOf<C>] = {}, dh = carry[n], dc_before = dc[n];
       element[n].run(p, carry[n] + widen(element[n].dy), fed, dc_before, dh);
@@ -298,17 +321,18 @@ FSQ_DEVICE void warp_backward_scan(const CudaScanGradParams& p, const CudaPlan& 
       }
     }
     if (turn == steps) break;
+    if (one && turn > 0) m.sums.rearm(turn - 1, steps);
     __syncthreads();
     float sums[Columns::kTiles][4];
     weights.multiply(m.fed, into + first, count, sums);
     __syncwarp();
-    const bool sends = t < rows / 2 && (plan.stuck != share.rank || turn == 0);
+    const bool sends = t < rows / 2 && !(stuck && turn > 0);
     FSQ_UNROLL
     for (int i = 0; i < Columns::kTiles; ++i) {
       if (i >= count) continue;
-      const bool there = Columns::tile(i) < tiles;
-      const auto to = m.sums.place(piece, there ? Columns::tile(i) / Columns::kOwned : 0);
-      m.sums.send(sends && there, turn, to, float4{sums[i][0], sums[i][1], sums[i][2], sums[i][3]});
+      const int tile = Columns::tile(i, count, share.rank);
+      const auto to = m.sums.place(piece, tile < tiles ? tile / Columns::kOwned : 0);
+      m.sums.send_if(sends && tile < tiles, turn, to, float4{sums[i][0], sums[i][1], sums[i][2], sums[i][3]});
     }
     // While the sums are on their way: what the step leaves behind, and what the next one needs.
     const Moment after = moment(f, turn + 1 < steps ? time_of(share.d, steps - 2 - turn, steps) : -1);

@@ -40,15 +40,14 @@ FSQ_DEVICE uint2 pack_block(const E (&x)[kBlock<E>]) {
   return packed;
 }
 
-// The terms of a row of W_hh from k on, a block of them; zeros beyond H.
-template <class E>
+// The terms of a row of W_hh from k on, a block of them; zeros beyond H. Wide: rows begin at multiples of a block.
+template <bool Wide, class E>
 FSQ_DEVICE uint2 block_of_terms(const WeightRows<E>& weights, int g, int u, int k) {
-  const CudaScanParams& p = weights.p;
-  const int64_t unit = int64_t(weights.owner.rank) * weights.owner.units + u;
-  const Stored<E>* const row = static_cast<const Stored<E>*>(p.w_hh[weights.owner.d]) + (g * p.H + unit) * p.R + k;
   E x[kBlock<E>];
-  if (unit < p.H && k + kBlock<E> <= p.H && reinterpret_cast<uintptr_t>(row) % sizeof(uint2) == 0) {
-    const uint2 packed = *reinterpret_cast<const uint2*>(row);
+  if constexpr (Wide) {
+    const int64_t unit = int64_t(weights.owner.rank) * weights.owner.units + u;
+    if (unit >= weights.p.H || k >= weights.p.H) return {0, 0};
+    const uint2 packed = *reinterpret_cast<const uint2*>(weights.row(g, unit) + k);
     if constexpr (std::is_same_v<E, Stored<E>>) return packed;
     Stored<E> stored[kBlock<E>];
     memcpy(stored, &packed, sizeof(packed));
@@ -95,30 +94,38 @@ struct WarpRows {
   uint32_t a[kTiles][4];
 
   FSQ_DEVICE void load(const WeightRows<E>& weights) {
+    const CudaScanParams& p = weights.p;
+    if (p.R % kBlock<E> == 0 && reinterpret_cast<uintptr_t>(p.w_hh[weights.owner.d]) % sizeof(uint2) == 0)
+      load_all<true>(weights);
+    else
+      load_all<false>(weights);
+  }
+  template <bool Wide>
+  FSQ_DEVICE void load_all(const WeightRows<E>& weights) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
     constexpr bool kGates = WarpTile<C>::kSlots > 1;
     const int unit = warp * WarpTile<C>::kOfWarp + (kGates ? g / 2 : 2 * g), gate = kGates ? g % 2 * 2 : 0;
     FSQ_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       const int k = (4 * i + t) * kBlock<E>;
-      const uint2 upper = block_of_terms(weights, gate, unit, k);
+      const uint2 upper = block_of_terms<Wide>(weights, gate, unit, k);
       uint2 lower = {0, 0};
       if (!kGates)
-        lower = block_of_terms(weights, 0, unit + 1, k);
+        lower = block_of_terms<Wide>(weights, 0, unit + 1, k);
       else if (gate + 1 < kGatesOf<C>)
-        lower = block_of_terms(weights, gate + 1, unit, k);
+        lower = block_of_terms<Wide>(weights, gate + 1, unit, k);
       a[i][0] = upper.x, a[i][1] = lower.x, a[i][2] = upper.y, a[i][3] = lower.y;
     }
   }
 
-  // sums: those of a lane. `from`: of this lane's first values; groups: of kTogether tiles of terms.
-  FSQ_DEVICE void multiply(const SharedSpan<uint2>& state, int from, int groups, float (&sums)[4]) const {
+  // sums: those of a lane. `from`: address of this lane's first values; groups: of kTogether tiles of terms.
+  FSQ_DEVICE void multiply(uint32_t from, int groups, float (&sums)[4]) const {
     float acc[kTogether][4] = {};
     uint32_t b[2][kTogether][2];
     const auto load_group = [&](int group) {
       FSQ_UNROLL
       for (int c = 0; c < kTogether; ++c) {
-        const uint2 both = state[from + (group * kTogether + c) * kNextTile];
+        const uint2 both = ptx::ld_shared_8(from + uint32_t((group * kTogether + c) * kNextTile) * 8);
         b[group % 2][c][0] = both.x, b[group % 2][c][1] = both.y;
       }
     };
@@ -152,7 +159,7 @@ struct StatePiece {
   static constexpr bool kGates = WarpTile<C>::kSlots > 1;
   static constexpr int kSame = kRowTile / (WarpTile<C>::kOfWarp / kBlock<E>);  // lanes that have a piece, of 8 rows
   static constexpr int kMost = kMostTerms<E> / WarpTile<C>::kUnits / kSame;    // copies of a lane
-  int piece, first, step;  // within a rank's buffer; of the ranks: first, first + step, ..
+  int piece, first, step;  // within a rank's buffer; of the ranks, counted from this one: first, first + step, ..
 
   FSQ_DEVICE StatePiece(int blocks, int rows, int rank) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;

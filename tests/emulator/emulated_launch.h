@@ -37,6 +37,7 @@ std::string blocks_per_sm(int& blocks, void (*)(P...), const Launch& launch) {
 
 template <class... P>
 std::string active_clusters(int& clusters, void (*)(P...), const Launch& launch) {
+  if (launch.cluster < 2) return launch.error("the size of the cluster is not given");
   int blocks = 0;
   const std::string error = emulator::occupancy(blocks, clusters, detail::request(launch));
   return error.empty() ? error : launch.error(error);

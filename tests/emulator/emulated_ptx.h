@@ -89,6 +89,12 @@ void st_remote(uint32_t remote, T value) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "2, 4, 8 or 16 bytes");
   emulator::remote_write(remote, &value, int(sizeof(T)));
 }
+inline uint2 ld_shared_8(uint32_t shared) {
+  uint2 value;
+  emulator::remote_read(&value, shared, int(sizeof(value)));
+  return value;
+}
+inline uint32_t opaque(uint32_t x) { return x; }
 template <class T>
 void st_async(uint32_t remote, T value, uint32_t remote_mbarrier) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");

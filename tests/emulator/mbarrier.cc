@@ -136,6 +136,7 @@ void fence_mbarrier_init() { self()->fenced = release(); }
 void fence_proxy_async() { self()->proxy_fence = ++machine.now; }
 
 void st_async(uint32_t address, const void* value, int bytes, uint32_t mbarrier) {
+  if (machine.cluster_size < 2) fail("st_async: a cluster of one block has no such stores");
   const Target to = resolve(address, bytes, bytes, "st_async");
   Delivery delivery = {};
   delivery.bytes = uint32_t(bytes);
