@@ -18,6 +18,8 @@ LOOPS = {
     "BlockBarrier": (["BAR.SYNC"], ["80", "90a"]),
     "ClusterBarrier": (["UCGABAR_ARV", "UCGABAR_WAIT"], ["90a"]),
     "Exchange<fusedseq::device::ClusterChannel>": (["UBLKCP.S.S", "SYNCS", "BAR.SYNC"], ["90a"]),
+    "WarpExchange<4>": (["STAS.128", "SYNCS"], ["90a"]),
+    "WarpExchange<8>": (["STAS.128", "SYNCS"], ["90a"]),
     "FlagBarrier": (["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU"], ["80", "90a"]),
     "Exchange<fusedseq::device::GridChannel>": (["LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "BAR.SYNC"], ["80", "90a"]),
     "GridBarrier": (["LDG.E.STRONG.GPU", "ADD.STRONG.GPU", "BAR.SYNC"], ["80", "90a"]),

@@ -29,7 +29,7 @@ def test_device_is_a_setting(cases, monkeypatch):
     assert cases.device(found, 256, 20000, 2) == ""
     assert found.tolist() == [90, 3, 49152, 65536, 4, 3, 4]
     monkeypatch.setenv("FUSEDSEQ_EMULATOR_DEVICE", "capability=80")
-    assert cases.device(found, 256, 20000, 1) == ""
+    assert "the size of the cluster is not given" in cases.device(found, 256, 20000, 1)
     assert found[4] == 1
     assert "a cluster of 2 blocks where 1 is the limit" in cases.ring(0, values(2, 32), 32, 2, 2, 1)
 
