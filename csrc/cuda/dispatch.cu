@@ -1,6 +1,7 @@
 // Which tier runs a scan on the device at hand.
 #include "cuda/barrier_costs.h"
 #include "cuda/scan.h"
+#include "cuda/share.cuh"
 #include "cuda/surface.h"
 
 namespace fusedseq {
@@ -21,11 +22,8 @@ int warps_for(int units) {
 
 // Groups that the device runs at a time.
 int64_t resident(const CudaScanParams& p, const Device& device, const CudaPlan& plan, bool backward) {
-  if (plan.by_warp) return warp_resident(p, plan, backward);
   return plan.tier == CudaTier::cluster ? cluster_resident(p, plan, backward) : device.sm_count / plan.ranks;
 }
-
-int64_t groups_of(const CudaScanParams& p, const CudaPlan& plan) { return up(p.B, plan.rows) / plan.rows * p.D; }
 
 // Clocks of a step: what an exchange costs, and the longer of what a CTA reads from shared memory (weights that no
 // register holds, and the state once for each tile of units, at 128 bytes a clock) and what it multiplies; times the

@@ -19,7 +19,6 @@ constexpr int kPiece = 16;  // bytes
 // T: as what the receiver reads the pieces.
 template <class T>
 struct WarpChannel {
-  static constexpr bool kCompiled = kHasClusters;
   static constexpr int kIn = kPiece / int(sizeof(T));
   SharedSpan<T> data;         // [2][size * kIn]
   SharedSpan<uint64_t> full;  // [2]

@@ -13,6 +13,7 @@
 namespace fusedseq {
 namespace FSQ_ISA {
 
+// As give_up, by a warp whose block may be anywhere: no barrier of it can stand here.
 FSQ_DEVICE void give_up_warp(const CudaScanParams& p) {
   if (p.fault && threadIdx.x % 32 == 0) {
     *p.fault = 1;

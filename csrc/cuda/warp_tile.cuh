@@ -1,11 +1,11 @@
 // What a warp owns in the scans of warp_scan.cuh: 16 rows of W_hh as A of mma.sync, in registers for the whole scan,
 // and the cells that its sums are.
 //
-// The terms of a product come in blocks of four, so that what a lane needs of a row for one mma.sync, 2 values at two
-// places, is 8 bytes side by side: block 4 i + t holds the terms 2t, 2t + 1, 2t + 8, 2t + 9 of tile i. Which terms
-// those are is free, as long as weights and state agree. In memory rows come in halves of four, [half][block][4
-// rows][4], so that addresses do not depend on how many halves there are, and 32 lanes read 128 bytes side by side of
-// each.
+// The terms of a product come in blocks of 8 bytes: what a lane needs of a row for one mma.sync, its two registers of
+// B. Of half types block 4 i + t holds the terms 2t, 2t + 1, 2t + 8, 2t + 9 of tile i, of TF32 the terms t and t + 4.
+// Which terms those are is free, as long as weights and state agree. In memory rows come in halves of four,
+// [half][block][4 rows], so that addresses do not depend on how many halves there are, and 32 lanes read 128 bytes side
+// by side of each.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/share.cuh"
@@ -72,16 +72,15 @@ constexpr int kNextTile = 4 * kHalf;
 // lanes of t > 1 repeat those of t - 2: they compute the same and write nothing.
 template <Cell C>
 struct LaneCells {
-  int unit, row, rows;  // of element 0, within the rank and the tile of rows
+  int unit, row;  // of element 0, within the rank and the tile of rows
   bool writes;
 
-  FSQ_DEVICE explicit LaneCells(int tile_rows) {
+  FSQ_DEVICE explicit LaneCells(int rows) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
     const bool slots = WarpTile<C>::kSlots > 1;
     unit = warp * WarpTile<C>::kOfWarp + (slots ? g / 2 : 2 * g);
-    row = (2 * t + (slots ? g % 2 : 0)) % tile_rows;
-    rows = tile_rows;
-    writes = t < tile_rows / 2;
+    row = (2 * t + (slots ? g % 2 : 0)) % rows;
+    writes = t < rows / 2;
   }
   FSQ_DEVICE int unit_of(int n) const { return unit + n / 2; }
   FSQ_DEVICE int row_of(int n) const { return row + n % 2; }
