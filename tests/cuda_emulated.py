@@ -9,6 +9,7 @@ The module is built into build/emulated on first use, and again whenever a sourc
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import os
@@ -65,13 +66,15 @@ def build() -> Path:
         pytest.skip("the emulator needs g++")
     BUILD.mkdir(parents=True, exist_ok=True)
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda source: _compile(compiler, source, python), sources()))
     library = BUILD / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists() or any(one.stat().st_mtime > library.stat().st_mtime for one in objects):
-        fresh = library.with_suffix(".new")
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(fresh)], check=True)
-        os.replace(fresh, library)
+    with (BUILD / "lock").open("w") as lock:  # one process at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(lambda source: _compile(compiler, source, python), sources()))
+        if not library.exists() or any(one.stat().st_mtime > library.stat().st_mtime for one in objects):
+            fresh = library.with_suffix(".new")
+            subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(fresh)], check=True)
+            os.replace(fresh, library)
     return library
 
 
